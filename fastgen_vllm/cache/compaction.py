@@ -1,0 +1,129 @@
+"""After prefill: pack each head's kept tokens, gather them in few blocks, vacate the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastgen_vllm.cache.head_tables import HeadTables
+from fastgen_vllm.cache.pages import EMPTY, PagePool
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What a request's compaction left.
+
+    Attributes:
+        vacated: ids of the blocks it no longer owns.
+        kept_slots: slots in use over all layers and heads, of ``total_slots``.
+    """
+
+    vacated: list[int]
+    kept_slots: int
+    total_slots: int
+
+
+def compact(
+    tables: HeadTables,
+    request_id: str,
+    blocks: Sequence[int],
+    kept: torch.Tensor,
+    policy: torch.Tensor,
+    scores: torch.Tensor,
+    sticky: torch.Tensor,
+) -> Compacted:
+    """Move a prompt from the engine's block table to head block tables, in place.
+
+    Each head's kept tokens, in ascending order, go to the front of its own pages; a target never
+    lies behind its source. Then the used pages of blocks to be vacated move to unused pages of
+    blocks that stay. No second copy of the cache exists: the copies are one layer's at most.
+
+    Enough pages stay for every head to grow until the next block boundary of the sequence,
+    where the scheduler can grant a block.
+
+    Args:
+        blocks: the request's ``ceil(n / block_size)`` block ids, in token order.
+        kept: bool ``[L, H, n]``.
+        policy: int64 ``[L, H]``.
+        scores: float32 ``[L, H, n]``, cumulative attention; 0 for heads that keep no scores.
+        sticky: bool ``[L, H, n]``.
+    """
+    pool = tables.pool
+    block_size, n = pool.block_size, kept.shape[-1]
+    row = tables.add(request_id)
+    block_ids = torch.tensor(blocks, device=kept.device)
+    lengths = kept.sum(-1)
+    used = -(-lengths // block_size)
+    pages = pool.pages_of(block_ids)
+    _pack(pool, pages, kept)
+
+    room = used * block_size - lengths
+    growing = int((room < len(blocks) * block_size - n).sum())
+    in_use = int(used.sum())
+    num_stay = -(-(in_use + growing) // pool.pages_per_block)
+    pages, free = _gather_in_front(pool, pages, used, num_stay)
+
+    tables.ensure_pages(int(used.max()))
+    tables.page_table[row] = 0
+    width = pages.shape[-1]
+    is_used = torch.arange(width, device=kept.device) < used[..., None]
+    tables.page_table[row, :, :, :width] = torch.where(is_used, pages, 0).int()
+    tables.lengths[row] = lengths.int()
+    tables.num_sticky[row] = (kept & sticky).sum(-1).int()
+    tables.policy[row] = policy
+    tables.free_pages[row, : len(free)] = free.int()
+    tables.num_free[row] = len(free)
+    tables.blocks[request_id] = list(blocks[:num_stay])
+    _write_metadata(pool, pages, is_used, kept, scores.masked_fill(sticky, float("inf")))
+    return Compacted(list(blocks[num_stay:]), int(lengths.sum()), kept.numel())
+
+
+def _pack(pool: PagePool, pages: torch.Tensor, kept: torch.Tensor) -> None:
+    block_size = pool.block_size
+    for layer in range(pool.num_layers):
+        head, source = kept[layer].nonzero(as_tuple=True)
+        target = (kept[layer].cumsum(-1) - 1)[head, source]
+        moved = source != target
+        head, source, target = head[moved], source[moved], target[moved]
+        own = pages[layer]
+        src = own[head, source // block_size] * block_size + source % block_size
+        dst = own[head, target // block_size] * block_size + target % block_size
+        pool.slots[dst] = pool.slots[src]
+
+
+def _gather_in_front(
+    pool: PagePool, pages: torch.Tensor, used: torch.Tensor, num_stay: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move used pages out of blocks from ``num_stay`` on; return the table and the free pages."""
+    index = torch.arange(pages.shape[-1], device=pages.device)
+    is_used = index < used[..., None]
+    leaving = is_used & (index >= num_stay)
+    free = pages[(index < num_stay) & ~is_used]
+    source = pages[leaving]
+    target = free[: len(source)]
+    for start in range(0, len(source), pool.pages_per_block):
+        part = slice(start, start + pool.pages_per_block)
+        pool.kv[target[part]] = pool.kv[source[part]]
+    pages[leaving] = target
+    return pages[..., : int(used.max())], free[len(source) :]
+
+
+def _write_metadata(
+    pool: PagePool,
+    pages: torch.Tensor,
+    is_used: torch.Tensor,
+    kept: torch.Tensor,
+    scores: torch.Tensor,
+) -> None:
+    layers, heads, width = pages.shape
+    shape = (layers, heads, width * pool.block_size)
+    positions = torch.full(shape, EMPTY, dtype=torch.int32, device=kept.device)
+    slot_scores = torch.zeros(shape, dtype=torch.float32, device=kept.device)
+    layer, head, position = kept.nonzero(as_tuple=True)
+    slot = (kept.cumsum(-1) - 1)[layer, head, position]
+    positions[layer, head, slot] = position.int()
+    slot_scores[layer, head, slot] = scores[layer, head, position]
+    pool.positions[pages[is_used]] = positions.view(*pages.shape, -1)[is_used]
+    pool.scores[pages[is_used]] = slot_scores.view(*pages.shape, -1)[is_used]

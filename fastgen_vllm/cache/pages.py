@@ -1,0 +1,67 @@
+"""The flat page pool over the engine's KV storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+EMPTY = -1
+"""Position of a slot that holds no token: evicted, or never filled."""
+
+
+@dataclass(frozen=True)
+class PagePool:
+    """Every head page of every block, and each slot's metadata.
+
+    Block ``b`` of layer ``l`` and KV head ``h`` is page ``(b * L + l) * H + h``. Block 0 is the
+    engine's null block: nobody owns its pages and their slots stay empty, so page 0 pads tables.
+
+    Attributes:
+        kv: ``[num_blocks * L * H, block_size, 2 * head_size]``, K then V, the engine's storage.
+        positions: int32 ``[num_pages, block_size]``, the token's position or ``EMPTY``.
+        scores: float32 ``[num_pages, block_size]``, cumulative attention; ``+inf`` for sticky
+            tokens, which are never the lowest, and 0 where the head keeps no scores.
+    """
+
+    kv: torch.Tensor
+    positions: torch.Tensor
+    scores: torch.Tensor
+    num_layers: int
+    num_kv_heads: int
+
+    @classmethod
+    def over(cls, kv: torch.Tensor, num_layers: int, num_kv_heads: int) -> PagePool:
+        """View storage ``[num_blocks, L, H, block_size, 2 * head_size]`` as pages."""
+        flat = kv.view(-1, *kv.shape[-2:])
+        slots = flat.shape[:2]
+        return cls(
+            flat,
+            torch.full(slots, EMPTY, dtype=torch.int32, device=kv.device),
+            torch.zeros(slots, dtype=torch.float32, device=kv.device),
+            num_layers,
+            num_kv_heads,
+        )
+
+    @property
+    def block_size(self) -> int:
+        return self.kv.shape[1]
+
+    @property
+    def pages_per_block(self) -> int:
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv.shape[0] // self.pages_per_block
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """``[num_pages * block_size, 2 * head_size]``."""
+        return self.kv.view(-1, self.kv.shape[-1])
+
+    def pages_of(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Pages of blocks ``[k]``: int64 ``[L, H, k]``."""
+        head = torch.arange(self.pages_per_block, device=blocks.device)
+        pages = blocks.long() * self.pages_per_block + head[:, None]
+        return pages.view(self.num_layers, self.num_kv_heads, -1)

@@ -1,0 +1,306 @@
+"""One request's way through the rooms, on plain tensors: prefill, profile, compact, decode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fastgen_vllm import kernels
+from fastgen_vllm.cache import DecodeStep, HeadTables, PagePool, add_scores, compact, plan_decode
+from fastgen_vllm.config import FastGenConfig, RequestOverride
+from fastgen_vllm.policy import Ladder
+from fastgen_vllm.profiler import PromptProfile
+from fastgen_vllm.tokens import TokenFlags
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Prefill:
+    """A request whose prompt is being encoded. ``profile`` is None where all is kept."""
+
+    num_tokens: int
+    special: torch.Tensor
+    punctuation: torch.Tensor
+    profile: PromptProfile | None
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """Tokens ``[start, end)`` of the batch: positions from ``first`` of a prompt."""
+
+    request_id: str
+    start: int
+    end: int
+    first: int
+    blocks: torch.Tensor
+
+    @property
+    def num_seen(self) -> int:
+        return self.first + self.end - self.start
+
+
+@dataclass(frozen=True)
+class Step:
+    """One engine step, shared by all layers.
+
+    Attributes:
+        num_tokens: tokens in the batch, without padding.
+        decode_tokens: int64 ``[N]``, batch index of each decoding request's token.
+    """
+
+    num_tokens: int
+    chunks: list[PrefillChunk]
+    decode_ids: list[str]
+    decode_tokens: torch.Tensor
+    decode: DecodeStep | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a request kept after its prompt."""
+
+    kept_slots: int
+    total_slots: int
+    vacated_blocks: int
+    policy_heads: dict[str, int]
+
+
+@dataclass
+class StepReport:
+    """What the scheduler must know after a step, by request id.
+
+    Attributes:
+        vacated: block ids handed back.
+        free_pages: pages owned and unused, of every decoding request.
+        kept: of requests that finished their prompt in this step.
+        owned: in debug mode, the blocks that each decoding request owns.
+    """
+
+    vacated: dict[str, list[int]] = field(default_factory=dict)
+    free_pages: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
+    owned: dict[str, list[int]] | None = None
+
+
+class Runtime:
+    """FastGen's state on one worker.
+
+    Args:
+        kv: the engine's storage, ``[num_blocks, L, H, block_size, 2 * head_size]``.
+        group_size: query heads per KV head.
+    """
+
+    def __init__(
+        self, config: FastGenConfig, flags: TokenFlags, kv: torch.Tensor, group_size: int
+    ) -> None:
+        self.config, self.flags, self.group_size = config, flags, group_size
+        self.pool = PagePool.over(kv, kv.shape[1], kv.shape[2])
+        self.tables = HeadTables(self.pool)
+        self.ladder = Ladder.from_hybrids(config.hybrids, kv.device)
+        self.prefills: dict[str, Prefill] = {}
+        self._kv = kv
+
+    def begin_prefill(
+        self, request_id: str, token_ids: Sequence[int], override: RequestOverride
+    ) -> None:
+        """A request starts, or starts again after a preemption with its output as prompt."""
+        self.release(request_id)
+        tokens = torch.tensor(token_ids, dtype=torch.int64, device=self.flags.special.device)
+        special, punctuation = self.flags.special[tokens], self.flags.punctuation[tokens]
+        threshold = override.fastgen_recovery
+        if threshold is None:
+            threshold = self.config.recovery
+        n = len(token_ids)
+        profile = None
+        compresses = override.fastgen_compress and threshold < 1.0
+        if compresses and n >= self.config.min_prompt_tokens:
+            profile = PromptProfile(
+                self.config,
+                self.ladder,
+                n,
+                self.pool.num_layers,
+                self.pool.num_kv_heads,
+                self.group_size,
+                special,
+                punctuation,
+                threshold,
+            )
+        self.prefills[request_id] = Prefill(n, special, punctuation, profile)
+
+    def release(self, request_id: str) -> None:
+        """The request finished, was aborted or was preempted: its blocks are not its own now."""
+        self.prefills.pop(request_id, None)
+        self.tables.release(request_id)
+
+    def grant(self, request_id: str, blocks: Sequence[int]) -> None:
+        """Blocks that the scheduler gave a decoding request; 0, the null block, gives nothing."""
+        real = [block for block in blocks if block]
+        if real and request_id in self.tables.rows:
+            self.tables.grant(request_id, real)
+
+    def start_step(
+        self,
+        request_ids: Sequence[str],
+        query_start: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        token_ids: torch.Tensor,
+    ) -> Step:
+        """Plan a batch of mixed prefill chunks and decode tokens.
+
+        Args:
+            query_start: int ``[N + 1]``, cumulative query lengths.
+            seq_lens: int ``[N]``, tokens so far including this step's.
+            block_table: int ``[N, B]``, the engine's block table; read for prefills only.
+            token_ids: int ``[num_tokens]``.
+        """
+        starts, lengths = query_start.tolist(), seq_lens.tolist()
+        chunks: list[PrefillChunk] = []
+        decode_rows: list[int] = []
+        for i, request_id in enumerate(request_ids):
+            if request_id in self.prefills:
+                num_blocks = -(-lengths[i] // self.pool.block_size)
+                first = lengths[i] - (starts[i + 1] - starts[i])
+                blocks = block_table[i, :num_blocks].long()
+                chunks.append(PrefillChunk(request_id, starts[i], starts[i + 1], first, blocks))
+            else:
+                assert starts[i + 1] - starts[i] == 1, f"{request_id} decodes more than one token"
+                decode_rows.append(i)
+        decode_ids = [request_ids[i] for i in decode_rows]
+        decode_tokens = query_start[decode_rows].long()
+        decode = None
+        if decode_ids:
+            newest = token_ids[decode_tokens].long()
+            decode = plan_decode(
+                self.tables,
+                self.ladder,
+                decode_ids,
+                seq_lens[decode_rows].long(),
+                self.flags.special[newest],
+                self.flags.punctuation[newest],
+                self.config.frequent_score,
+            )
+        return Step(starts[-1], chunks, decode_ids, decode_tokens, decode)
+
+    def forward(
+        self,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Write K and V, attend, and profile, for one layer.
+
+        Args:
+            query: ``[num_tokens, H * G, D]``.
+            key, value: ``[num_tokens, H, D]``.
+            output: ``[num_tokens, H * G, D]``, written.
+        """
+        heads = self.pool.num_kv_heads
+        content = torch.cat([key, value], dim=-1).to(self.pool.kv.dtype)
+        grouped = query.unflatten(1, (heads, self.group_size))
+        for chunk in step.chunks:
+            tokens = slice(chunk.start, chunk.end)
+            attended = self._prefill(chunk, layer, grouped[tokens], content[tokens], scale)
+            output[tokens] = attended.flatten(1, 2).to(output.dtype)
+        if step.decode is not None:
+            attended = self._decode(
+                step.decode,
+                layer,
+                grouped[step.decode_tokens],
+                content[step.decode_tokens],
+                scale,
+            )
+            output[step.decode_tokens] = attended.flatten(1, 2).to(output.dtype)
+
+    def finish_step(self, step: Step) -> StepReport:
+        """Compress the requests whose prompt ended, and report."""
+        report = StepReport()
+        for chunk in step.chunks:
+            prefill = self.prefills.get(chunk.request_id)
+            if prefill is not None and chunk.num_seen == prefill.num_tokens:
+                self._compress(chunk, prefill, report)
+        for request_id in [*step.decode_ids, *report.kept]:
+            report.free_pages[request_id] = int(self.tables.num_free[self.tables.rows[request_id]])
+        if self.config.debug:
+            self.tables.audit()
+            report.owned = {r: list(self.tables.blocks[r]) for r in report.free_pages}
+        return report
+
+    def _prefill(
+        self,
+        chunk: PrefillChunk,
+        layer: int,
+        query: torch.Tensor,
+        content: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        block_size = self.pool.block_size
+        cache = self._kv[:, layer]
+        positions = torch.arange(chunk.first, chunk.num_seen, device=query.device)
+        cache[chunk.blocks[positions // block_size], :, positions % block_size] = content
+        seen = cache[chunk.blocks].transpose(1, 2).flatten(0, 1)[: chunk.num_seen]
+        keys, values = seen.chunk(2, dim=-1)
+        output, lse = kernels.prefill_attention(query, keys, values, scale)
+        profile = self.prefills[chunk.request_id].profile
+        if profile is not None:
+            profile.add_chunk(layer, query, keys, lse, scale)
+        return output
+
+    def _decode(
+        self,
+        step: DecodeStep,
+        layer: int,
+        query: torch.Tensor,
+        content: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        self.pool.slots[step.slots[:, layer]] = content
+        page_table = step.page_table[:, layer]
+        output, probs = kernels.decode_attention(
+            query, self.pool.kv, self.pool.positions, page_table, scale
+        )
+        add_scores(self.pool, page_table, probs, step.keeps_scores[:, layer])
+        return output
+
+    def _compress(self, chunk: PrefillChunk, prefill: Prefill, report: StepReport) -> None:
+        request_id, shape = chunk.request_id, (self.pool.num_layers, self.pool.num_kv_heads)
+        ladder, n = self.ladder, prefill.num_tokens
+        if prefill.profile is None:
+            policy = torch.full(shape, len(ladder.hybrids) - 1, device=self._kv.device)
+            kept = torch.ones((*shape, n), dtype=torch.bool, device=self._kv.device)
+            scores = torch.zeros((*shape, n), device=self._kv.device)
+        else:
+            choice = prefill.profile.choose()
+            policy, kept = choice.policy, choice.kept
+            keeps_scores = (ladder.frequent[policy] > 0)[..., None]
+            scores = torch.where(keeps_scores, prefill.profile.frequent_scores(), 0.0)
+        sticky = (ladder.special[policy][..., None] & prefill.special) | (
+            ladder.punctuation[policy][..., None] & prefill.punctuation
+        )
+        compacted = compact(
+            self.tables, request_id, chunk.blocks.tolist(), kept, policy, scores, sticky
+        )
+        del self.prefills[request_id]
+        heads = torch.bincount(policy.flatten(), minlength=len(ladder.hybrids)).tolist()
+        report.vacated[request_id] = compacted.vacated
+        report.kept[request_id] = Kept(
+            compacted.kept_slots,
+            compacted.total_slots,
+            len(compacted.vacated),
+            {h.name: count for h, count in zip(ladder.hybrids, heads, strict=True) if count},
+        )
+        logger.debug(
+            "%s: kept %d of %d slots, vacated %d blocks",
+            request_id,
+            compacted.kept_slots,
+            compacted.total_slots,
+            len(compacted.vacated),
+        )

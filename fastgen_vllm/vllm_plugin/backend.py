@@ -1,0 +1,147 @@
+"""The attention backend: capabilities, the per-step metadata builder, the per-layer forward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from fastgen_vllm.config import FastGenConfigError
+from fastgen_vllm.runtime import Runtime, Step
+from fastgen_vllm.vllm_plugin import BACKEND_NAME
+from fastgen_vllm.vllm_plugin.block_manager import FastGenSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+class FastGenBackend(AttentionBackend):
+    """Per-head block tables over one pool: vLLM's block-outermost layout."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    forward_includes_kv_cache_update: bool = True
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[FastGenImpl]:
+        return FastGenImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FastGenMetadataBuilder]:
+        return FastGenMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(8)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return FastGenSpec.from_spec(spec)
+
+
+class FastGenMetadataBuilder(AttentionMetadataBuilder[Step]):
+    """Plans the step once for all layers. The worker sets ``runner`` and ``runtime``."""
+
+    runner: Any = None
+    runtime: Runtime | None = None
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Step:
+        common = common_attn_metadata
+        assert self.runtime is not None, "the worker has not bound the runtime"
+        step = self.runtime.start_step(
+            self.runner.input_batch.req_ids[: common.num_reqs],
+            common.query_start_loc,
+            common.seq_lens,
+            common.block_table_tensor,
+            self.runner.input_ids.gpu[: common.num_actual_tokens],
+        )
+        self.runner.fastgen_step = step
+        return step
+
+
+class FastGenImpl(AttentionImpl[Step]):
+    """One layer. The worker sets ``layer_index`` and ``runtime``."""
+
+    layer_index: int
+    runtime: Runtime
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refused = {
+            "ALiBi": alibi_slopes,
+            "sliding-window attention": sliding_window,
+            "a logits soft cap": logits_soft_cap,
+            "KV sharing between layers": kv_sharing_target_layer_name,
+            "attention sinks": kwargs.pop("sinks", None),
+            **{f"attention option {name}": value for name, value in kwargs.items()},
+        }
+        for feature, value in refused.items():
+            if value is not None:
+                raise FastGenConfigError(
+                    f"the FASTGEN attention backend does not support {feature}; "
+                    "choose another --attention-backend for this model"
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Step | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``query``: ``[tokens, H * G, D]``; ``key``, ``value``: ``[tokens, H, D]``; padded."""
+        if attn_metadata is None:  # warm-up
+            return output
+        tokens = attn_metadata.num_tokens
+        self.runtime.forward(
+            attn_metadata,
+            self.layer_index,
+            query[:tokens].view(tokens, self.num_heads, self.head_size),
+            key[:tokens].view(tokens, self.num_kv_heads, self.head_size),
+            value[:tokens].view(tokens, self.num_kv_heads, self.head_size),
+            output[:tokens].view(tokens, self.num_heads, self.head_size),
+            self.scale,
+        )
+        return output

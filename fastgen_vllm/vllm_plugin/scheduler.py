@@ -1,0 +1,72 @@
+"""The scheduler: takes vacated blocks back and tells clients what their request kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from fastgen_vllm.runtime import Kept, StepReport
+from fastgen_vllm.vllm_plugin.block_manager import FastGenBlockManager
+from fastgen_vllm.vllm_plugin.settings import fastgen_config
+
+logger = init_logger("vllm.fastgen")
+
+
+class FastGenScheduler(Scheduler):
+    """vLLM's scheduler, reading the worker's report before each step's outputs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        assert isinstance(manager, FastGenBlockManager)
+        (group,) = self.kv_cache_config.kv_cache_groups
+        manager.pages_per_block = len(group.layer_names) * group.kv_cache_spec.num_kv_heads
+        self.block_manager = manager
+        self.kept: dict[str, Kept] = {}
+        self.debug = fastgen_config(self.vllm_config).debug
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        report = getattr(model_runner_output, "fastgen_report", None)
+        if report is not None:
+            self._apply(report)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _apply(self, report: StepReport) -> None:
+        manager = self.block_manager
+        alive = [r for r in report.free_pages if r in manager.req_to_blocks]
+        for request_id in alive:
+            manager.vacate(request_id, report.vacated.get(request_id, ()))
+            manager.free_pages[request_id] = report.free_pages[request_id]
+            if request_id in report.kept:
+                self.kept[request_id] = report.kept[request_id]
+        if self.debug and report.owned is not None:
+            self._audit(report.owned, alive)
+
+    def _audit(self, owned: dict[str, list[int]], alive: list[str]) -> None:
+        manager, pool = self.block_manager, self.block_manager.block_pool
+        for request_id in alive:
+            ours = sorted(manager.owned_blocks(request_id))
+            theirs = sorted(owned[request_id])
+            assert ours == theirs, f"{request_id}: scheduler {ours}, worker {theirs}"
+        held = [b for r in manager.req_to_blocks for b in manager.owned_blocks(r)]
+        assert len(held) == len(set(held)), "a block has two owners"
+        total = len(held) + pool.get_num_free_blocks()
+        assert total == pool.num_gpu_blocks - 1, f"{pool.num_gpu_blocks - 1 - total} blocks lost"
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        transfer, ec_transfer = super()._free_request(request, delay_free_blocks)
+        kept = self.kept.pop(request.request_id, None)
+        if kept is None:
+            return transfer, ec_transfer
+        summary = {
+            "kv_kept_ratio": kept.kept_slots / kept.total_slots,
+            "vacated_blocks": kept.vacated_blocks,
+            "policy_heads": kept.policy_heads,
+        }
+        logger.debug("FASTGEN %s: %s", request.request_id, summary)
+        return {**(transfer or {}), "fastgen": summary}, ec_transfer

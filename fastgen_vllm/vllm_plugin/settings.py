@@ -1,0 +1,166 @@
+"""What the FASTGEN backend asks of vLLM's configuration, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.logger import init_logger
+
+from fastgen_vllm.config import FastGenConfig, FastGenConfigError, RequestOverride
+from fastgen_vllm.vllm_plugin import BACKEND_NAME, BACKEND_PATH
+
+# vLLM configures the loggers below its own name only.
+logger = init_logger("vllm.fastgen")
+
+SCHEDULER = "fastgen_vllm.vllm_plugin.scheduler.FastGenScheduler"
+CPU_WORKER = "fastgen_vllm.vllm_plugin.worker.FastGenCPUWorker"
+
+_active = False
+"""Whether an engine of this process chose FASTGEN, which request validation is not told."""
+
+
+def is_fastgen(backend: Any) -> bool:
+    """Whether ``backend``, a name or an enum member, is ours."""
+    return str(getattr(backend, "name", backend)).upper() == BACKEND_NAME
+
+
+def fastgen_config(vllm_config: Any) -> FastGenConfig:
+    """The engine's FastGen settings.
+
+    Raises:
+        FastGenConfigError: as ``FastGenConfig.from_dict``.
+    """
+    additional = vllm_config.additional_config
+    settings = additional.get("fastgen", {}) if isinstance(additional, dict) else {}
+    return FastGenConfig.from_dict(settings)
+
+
+def prepare_engine_args(args: Any) -> None:
+    """Switch off prefix caching where it is only vLLM's default."""
+    attention = args.attention_config
+    nested = attention.get("backend") if isinstance(attention, dict) else attention.backend
+    if not (is_fastgen(args.attention_backend) or is_fastgen(nested)):
+        return
+    if args.enable_prefix_caching is None:
+        args.enable_prefix_caching = False
+        logger.info("FASTGEN: prefix caching is off, it cannot share compressed blocks yet")
+
+
+def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
+    """Wraps ``Platform.check_and_update_config``."""
+    if not is_fastgen(vllm_config.attention_config.backend):
+        original(vllm_config)
+        return
+    global _active
+    _active = True
+    config = fastgen_config(vllm_config)
+    problems = _unsupported(vllm_config)
+    if problems:
+        raise FastGenConfigError(
+            "the FASTGEN attention backend does not support: " + "; ".join(problems)
+        )
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    scheduler.scheduler_cls = SCHEDULER
+    parallel.worker_cls = CPU_WORKER
+    if cache.user_specified_block_size and cache.block_size != config.block_size:
+        raise FastGenConfigError(
+            f"--block-size {cache.block_size} and fastgen.block_size {config.block_size} differ; "
+            "set only fastgen.block_size"
+        )
+    original(vllm_config)
+    cache.block_size = config.block_size
+    logger.info(
+        "FASTGEN: recovery %.4g, ladder %s, block size %d, prompts from %d tokens are compressed",
+        config.recovery,
+        config.ladder_name,
+        config.block_size,
+        config.min_prompt_tokens,
+    )
+
+
+def _unsupported(vllm_config: Any) -> list[str]:
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    device = vllm_config.device_config.device_type
+    problems = [
+        (device != "cpu", f"device {device} (only CPU so far); choose another backend"),
+        (
+            cache.enable_prefix_caching,
+            "prefix caching; pass --no-enable-prefix-caching or leave the option out",
+        ),
+        (
+            str(cache.cache_dtype) not in ("auto", "float32", "float16", "bfloat16"),
+            f"quantised KV cache; --kv-cache-dtype {cache.cache_dtype}, use auto",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding; leave --speculative-config out",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors; leave --kv-transfer-config and KV offloading out",
+        ),
+        (
+            scheduler.scheduler_cls is not None and scheduler.scheduler_cls != SCHEDULER,
+            f"another scheduler; --scheduler-cls {scheduler.scheduler_cls}, leave it out",
+        ),
+        (
+            parallel.worker_cls not in ("auto", CPU_WORKER),
+            f"another worker; --worker-cls {parallel.worker_cls}, leave it out",
+        ),
+    ]
+    for option in (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        size = getattr(parallel, option)
+        problems.append((size > 1, f"--{option.replace('_', '-')} {size}; use 1"))
+    if model is not None:
+        problems += [
+            (
+                model.get_sliding_window() is not None,
+                f"sliding-window models ({model.model}); --disable-sliding-window if it is optional",
+            ),
+            (model.use_mla, f"multi-head latent attention models ({model.model})"),
+            (model.is_encoder_decoder, f"encoder-decoder models ({model.model})"),
+            (model.runner_type != "generate", f"--runner {model.runner_type}; use generate"),
+            (model.enable_prompt_embeds, "--enable-prompt-embeds; prompts must be tokens"),
+            (model.is_multimodal_model, f"multimodal models ({model.model})"),
+            (model.skip_tokenizer_init, "--skip-tokenizer-init; policies need the tokenizer"),
+        ]
+    return [text for refused, text in problems if refused]
+
+
+def select_backend(
+    original: Callable[..., str], selected_backend: Any, attn_selector_config: Any, **kwargs: Any
+) -> str:
+    """Wraps ``Platform.get_attn_backend_cls``."""
+    if not is_fastgen(selected_backend):
+        return original(selected_backend, attn_selector_config, **kwargs)
+    layer = attn_selector_config
+    problems = [
+        (layer.use_mla, "multi-head latent attention"),
+        (layer.use_sparse, "sparse attention"),
+        (layer.has_sink, "attention-sink models"),
+        (layer.has_sliding_window, "sliding-window layers"),
+        (layer.attn_type != "decoder", f"attention type {layer.attn_type}"),
+        (layer.use_non_causal, "non-causal attention"),
+    ]
+    refused = [text for wrong, text in problems if wrong]
+    if refused:
+        raise FastGenConfigError(
+            f"the FASTGEN attention backend does not support: {'; '.join(refused)}; "
+            "choose another --attention-backend for this model"
+        )
+    return BACKEND_PATH
+
+
+def validate_request(original: Callable[..., None], processed_inputs: Any, params: Any) -> None:
+    """Wraps ``Platform.validate_request``: a wrong override is the request's error, not ours."""
+    original(processed_inputs, params)
+    if _active:
+        RequestOverride.from_extra_args(getattr(params, "extra_args", None))

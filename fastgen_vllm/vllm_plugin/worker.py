@@ -1,0 +1,103 @@
+"""The worker: follows the scheduler's decisions, compresses after prefill, reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from fastgen_vllm.config import RequestOverride
+from fastgen_vllm.runtime import Runtime, StepReport
+from fastgen_vllm.tokens import TokenFlags
+from fastgen_vllm.vllm_plugin.settings import fastgen_config
+
+
+class FastGenWorkerMixin:
+    """Over a vLLM worker with the V1 model runner."""
+
+    runtime: Runtime
+    report: StepReport | None = None
+
+    def initialize_from_config(self: Any, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        runner, model_config = self.model_runner, self.vllm_config.model_config
+        (group,) = kv_cache_config.kv_cache_groups
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers = [context[name] for name in group.layer_names]
+        kv = _pool_view([layer.kv_cache for layer in layers])
+        config = fastgen_config(self.vllm_config)
+        flags = TokenFlags.from_tokenizer(
+            cached_tokenizer_from_config(model_config),
+            model_config.get_vocab_size(),
+            config.extra_special_tokens,
+        )
+        self.runtime = Runtime(config, flags, kv, layers[0].num_heads // layers[0].num_kv_heads)
+        stride = kv.stride(1)
+        for layer in layers:
+            layer.impl.layer_index = layer.kv_cache.storage_offset() // stride
+            layer.impl.runtime = self.runtime
+        for attn_group in runner.attn_groups[0]:
+            for builder in attn_group.metadata_builders:
+                builder.runner, builder.runtime = runner, self.runtime
+
+    def execute_model(self: Any, scheduler_output: Any) -> Any:
+        self._follow(scheduler_output)
+        self.model_runner.fastgen_step = None
+        output = super().execute_model(scheduler_output)
+        step = self.model_runner.fastgen_step
+        self.report = None if step is None else self.runtime.finish_step(step)
+        return output
+
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        output.fastgen_report = self.report
+        return output
+
+    def _follow(self: Any, scheduler_output: Any) -> None:
+        runtime = self.runtime
+        for request_id in scheduler_output.finished_req_ids:
+            runtime.release(request_id)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            runtime.release(request_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            override = _override(new.sampling_params)
+            runtime.begin_prefill(new.req_id, new.prompt_token_ids, override)
+        cached = scheduler_output.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            if request_id in cached.resumed_req_ids:
+                state = self.model_runner.requests[request_id]
+                outputs = state.output_token_ids[: cached.num_output_tokens[i]]
+                tokens = [*state.prompt_token_ids, *outputs]
+                runtime.begin_prefill(request_id, tokens, _override(state.sampling_params))
+            elif cached.new_block_ids[i] is not None:
+                runtime.grant(request_id, cached.new_block_ids[i][0])
+
+
+class FastGenCPUWorker(FastGenWorkerMixin, CPUWorker):
+    """vLLM's CPU worker with FastGen."""
+
+
+def _override(sampling_params: Any) -> RequestOverride:
+    return RequestOverride.from_extra_args(sampling_params and sampling_params.extra_args)
+
+
+def _pool_view(caches: list[torch.Tensor]) -> torch.Tensor:
+    """The storage of all layers as ``[num_blocks, L, H, block_size, 2 * head_size]``.
+
+    Raises:
+        RuntimeError: vLLM laid the cache out otherwise than block, layer, head, token, content.
+    """
+    first = min(caches, key=torch.Tensor.storage_offset)
+    num_blocks, heads, block_size, content = first.shape
+    layer_stride = heads * block_size * content
+    strides = (len(caches) * layer_stride, layer_stride, block_size * content, content, 1)
+    offsets = sorted(cache.storage_offset() - first.storage_offset() for cache in caches)
+    dense = first.stride() == (strides[0], *strides[2:])
+    if not dense or offsets != [i * layer_stride for i in range(len(caches))]:
+        raise RuntimeError(
+            "the KV cache is not one BLHNC storage; unset VLLM_KV_CACHE_LAYOUT or report a bug"
+        )
+    shape = (num_blocks, len(caches), heads, block_size, content)
+    return first.as_strided(shape, strides, first.storage_offset())
