@@ -29,7 +29,7 @@ def main() -> None:
         **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     # Saving is refused while the model still says it is quantised.
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

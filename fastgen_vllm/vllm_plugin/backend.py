@@ -58,8 +58,11 @@ class FastGenBackend(AttentionBackend):
 class FastGenMetadataBuilder(AttentionMetadataBuilder[Step]):
     """Plans the step once for all layers. The worker sets ``runner`` and ``runtime``."""
 
-    runner: Any = None
-    runtime: Runtime | None = None
+    runner: Any
+    runtime: Runtime
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # abstract in the base class
+        super().__init__(*args, **kwargs)
 
     def build(
         self,
@@ -68,7 +71,6 @@ class FastGenMetadataBuilder(AttentionMetadataBuilder[Step]):
         fast_build: bool = False,
     ) -> Step:
         common = common_attn_metadata
-        assert self.runtime is not None, "the worker has not bound the runtime"
         step = self.runtime.start_step(
             self.runner.input_batch.req_ids[: common.num_reqs],
             common.query_start_loc,
