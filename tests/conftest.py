@@ -1,0 +1,27 @@
+"""Engines and texts shared by the suite."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# The engine runs inside the test process, so that tests can look at its tables.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402
+from engine import MODEL, Engine  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    assert Path(MODEL, "config.json").exists(), "run scripts/setup.sh: the small model is missing"
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def engine(model: str) -> Engine:
+    """FastGen, float32, ample memory, prompts in chunks of at most 256 tokens, debug mode."""
+    return Engine.start(kv_bytes=1 << 30, recovery=0.9)

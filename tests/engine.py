@@ -1,0 +1,153 @@
+"""A real vLLM engine under test, stepped by hand."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+MODEL = str(Path(__file__).parent.parent / ".cache" / "smollm2-135m-instruct")
+
+KOREAN = (
+    "한국의 가을은 하늘이 높고 바람이 시원해서 여행하기 좋은 계절입니다. 사람들은 산으로 단풍을 "
+    "보러 가고, 시장에서는 햇과일을 팝니다. “올해는 사과가 참 달아요!” 하고 상인이 말했습니다. "
+    "우리는 작은 마을에 들러 국수를 먹고, 오래된 다리를 건너 강가를 걸었습니다. 저녁이 되자 "
+    "마을 사람들이 모여 음악을 들었고, 아이들은 불빛 아래에서 춤을 추었습니다. 그 다음 날 우리는"
+)
+
+
+def english(num_chars: int, topic: str = "classes", start: int = 0) -> str:
+    """Natural prose: the Python language reference, which ships with Python."""
+    text = " ".join(topics[topic].split())
+    assert len(text) >= start + num_chars, f"topic {topic} has {len(text)} characters"
+    return text[start : start + num_chars]
+
+
+@dataclass
+class Finished:
+    """One request's answer, and what its heads held step by step where traced."""
+
+    prompt: list[int]
+    output: list[int]
+    text: str
+    info: dict[str, Any]
+    policy: list[list[int]] = field(default_factory=list)
+    kept: list[list[list[set[int]]]] = field(default_factory=list)
+
+
+class Engine:
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.core = llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.runtime = self.core.model_executor.driver_worker.worker.runtime
+        self.most_running = 0
+        self.num_preemptions = 0
+        self._count = 0
+
+    @classmethod
+    def start(cls, kv_bytes: int, **options: Any) -> Engine:
+        from vllm import LLM
+
+        fastgen = {
+            "recovery": options.pop("recovery", 0.95),
+            "min_prompt_tokens": 16,
+            "debug": True,
+        }
+        defaults = {
+            "dtype": "float32",
+            "max_model_len": 4096,
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": 256,
+            "enforce_eager": True,
+            "seed": 0,
+        }
+        return cls(
+            LLM(
+                MODEL,
+                attention_backend="FASTGEN",
+                additional_config={"fastgen": fastgen},
+                kv_cache_memory_bytes=kv_bytes,
+                **{**defaults, **options},
+            )
+        )
+
+    def stop(self) -> None:
+        """Free the engine so that another can start in this process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.core, self.scheduler, self.runtime
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def add(self, prompt: str, recovery: float | None = None, **sampling: Any) -> str:
+        from vllm import SamplingParams
+
+        extra = {} if recovery is None else {"fastgen_recovery": recovery}
+        params = SamplingParams(
+            **{"temperature": 0.0, "max_tokens": 16, "extra_args": extra, **sampling}
+        )
+        self._count += 1
+        name = f"test-{self._count}"
+        self.llm.llm_engine.add_request(name, prompt, params)
+        return name
+
+    def abort(self, request_id: str) -> None:
+        self.llm.llm_engine.abort_request([request_id])
+
+    def step(self) -> list[Any]:
+        preempted = {r.request_id: r.num_preemptions for r in self.scheduler.requests.values()}
+        outputs = self.llm.llm_engine.step()
+        for request in self.scheduler.requests.values():
+            self.num_preemptions += request.num_preemptions - preempted[request.request_id]
+        self.most_running = max(self.most_running, len(self.runtime.tables.rows))
+        return [output for output in outputs if output.finished]
+
+    def run(self, trace: bool = False) -> dict[str, Finished]:
+        """Step until nothing is left. The results are keyed by the name ``add`` returned."""
+        done: dict[str, Finished] = {}
+        traces: dict[str, Finished] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            finished = self.step()
+            if trace:
+                self._snapshot(traces)
+            for output in finished:
+                answer = output.outputs[0]
+                result = Finished(
+                    list(output.prompt_token_ids),
+                    list(answer.token_ids),
+                    answer.text,
+                    (output.kv_transfer_params or {}).get("fastgen", {}),
+                )
+                name = output.request_id
+                for internal, seen in traces.items():
+                    if internal == name or internal.rsplit("-", 1)[0] == name:
+                        result.policy, result.kept = seen.policy, seen.kept
+                done[name] = result
+        return done
+
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def _snapshot(self, traces: dict[str, Finished]) -> None:
+        tables, pool = self.runtime.tables, self.runtime.pool
+        for request_id, row in tables.rows.items():
+            seen = traces.get(request_id)
+            if seen is None:
+                seen = traces[request_id] = Finished([], [], "", {}, tables.policy[row].tolist())
+            positions = pool.positions[tables.page_table[row].long()].flatten(2).tolist()
+            kept = [[{p for p in head if p >= 0} for head in layer] for layer in positions]
+            if not seen.kept or kept != seen.kept[-1]:
+                seen.kept.append(kept)
+
+
+def chat(model: str, question: str) -> str:
+    """``question`` in the model's chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    message = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
