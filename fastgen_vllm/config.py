@@ -115,9 +115,7 @@ class FastGenConfig(BaseModel):
                 values[key] = tuple(values[key])
         if isinstance(values.get("ladder"), tuple):
             if not values["ladder"]:
-                raise FastGenConfigError(
-                    "fastgen.ladder: an empty list; give hybrids or \"paper\""
-                )
+                raise FastGenConfigError('fastgen.ladder: an empty list; give hybrids or "paper"')
             values["ladder"] = tuple(_hybrid(h, i) for i, h in enumerate(values["ladder"]))
         try:
             return cls(**values)

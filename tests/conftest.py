@@ -11,8 +11,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402
-from engine import MODEL, Engine  # noqa: E402
+import pytest
+from engine import MODEL, Engine
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -18,7 +19,7 @@ KOREAN = (
 )
 
 
-def english(num_chars: int, topic: str = "classes", start: int = 0) -> str:
+def english(num_chars: int, topic: str = "types", start: int = 0) -> str:
     """Natural prose: the Python language reference, which ships with Python."""
     text = " ".join(topics[topic].split())
     assert len(text) >= start + num_chars, f"topic {topic} has {len(text)} characters"
@@ -46,6 +47,7 @@ class Engine:
         self.most_running = 0
         self.num_preemptions = 0
         self._count = 0
+        self._hoard: list[Any] = []
 
     @classmethod
     def start(cls, kv_bytes: int, **options: Any) -> Engine:
@@ -74,21 +76,14 @@ class Engine:
             )
         )
 
-    def stop(self) -> None:
-        """Free the engine so that another can start in this process."""
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self.core, self.scheduler, self.runtime
-        cleanup_dist_env_and_memory()
-        gc.collect()
-
     def add(self, prompt: str, recovery: float | None = None, **sampling: Any) -> str:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         extra = {} if recovery is None else {"fastgen_recovery": recovery}
+        defaults = {"temperature": 0.0, "max_tokens": 16, "extra_args": extra}
         params = SamplingParams(
-            **{"temperature": 0.0, "max_tokens": 16, "extra_args": extra, **sampling}
+            output_kind=RequestOutputKind.FINAL_ONLY, **{**defaults, **sampling}
         )
         self._count += 1
         name = f"test-{self._count}"
@@ -103,7 +98,8 @@ class Engine:
         outputs = self.llm.llm_engine.step()
         for request in self.scheduler.requests.values():
             self.num_preemptions += request.num_preemptions - preempted[request.request_id]
-        self.most_running = max(self.most_running, len(self.runtime.tables.rows))
+        self.most_running = max(self.most_running, len(self.scheduler.running))
+        self.audit()
         return [output for output in outputs if output.finished]
 
     def run(self, trace: bool = False) -> dict[str, Finished]:
@@ -128,6 +124,31 @@ class Engine:
                         result.policy, result.kept = seen.policy, seen.kept
                 done[name] = result
         return done
+
+    @contextmanager
+    def limited_to(self, num_blocks: int) -> Iterator[None]:
+        """Leave only ``num_blocks`` in the pool, and audit every step knowing that."""
+        pool = self.scheduler.block_manager.block_pool
+        self._hoard = pool.get_new_blocks(pool.get_num_free_blocks() - num_blocks)
+        self.scheduler.debug = False
+        self.most_running = 0
+        try:
+            yield
+            assert self.free_blocks() == num_blocks
+        finally:
+            pool.free_blocks(self._hoard)
+            self._hoard, self.scheduler.debug = [], True
+
+    def audit(self) -> None:
+        """Scheduler and worker agree on every block, and none is lost or owned twice."""
+        manager = self.scheduler.block_manager
+        held = [b for r in manager.req_to_blocks for b in manager.owned_blocks(r)]
+        assert len(held) == len(set(held))
+        total = len(held) + self.free_blocks() + len(self._hoard)
+        assert total == manager.block_pool.num_gpu_blocks - 1
+        for request_id in manager.free_pages:
+            owned = sorted(manager.owned_blocks(request_id))
+            assert owned == sorted(self.runtime.tables.blocks[request_id])
 
     def free_blocks(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()

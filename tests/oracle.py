@@ -250,4 +250,3 @@ class Oracle:
             candidates = [p for p in kept - sticky if p < t - window]
             kept = kept - {min(candidates, key=lambda p: (score[p], p))}
         return kept
-

@@ -6,9 +6,11 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from engine import KOREAN, Engine, chat, english
+from engine import KOREAN, Engine, Finished, chat, english
+from vllm.exceptions import VLLMValidationError
 
 NATURAL = [
     ("booleans", 200),
@@ -68,85 +70,95 @@ def test_chunk_size_does_not_change_policies(engine: Engine) -> None:
 
 @pytest.mark.engine
 def test_sampling_options_work(engine: Engine) -> None:
-    prompt = english(600, "naming")
-    many = engine.add(prompt, n=3, temperature=1.0, seed=7)
-    scored = engine.add(prompt, logprobs=2, prompt_logprobs=1, max_tokens=5)
-    stopped = engine.add(prompt, stop=["the"], max_tokens=64)
+    # Short enough for one chunk: vLLM's CPU runner cannot rewind the generator of a seeded
+    # request whose prompt is cut (torch: "CPU Generator does not use offset").
+    prompt = english(250, "naming")
     outputs = {}
-    while engine.llm.llm_engine.has_unfinished_requests():
-        outputs.update({o.request_id: o for o in engine.step()})
-    assert len({tuple(o.token_ids) for o in outputs[many].outputs}) == 3
-    assert len(outputs[scored].outputs[0].logprobs) == 5
-    assert len(outputs[scored].prompt_logprobs) == len(outputs[scored].prompt_token_ids)
-    assert outputs[stopped].outputs[0].finish_reason == "stop"
-    again = engine.add(prompt, n=3, temperature=1.0, seed=7)
-    while engine.llm.llm_engine.has_unfinished_requests():
-        outputs.update({o.request_id: o for o in engine.step()})
+
+    def run(**sampling: Any) -> Any:
+        name = engine.add(prompt, **sampling)
+        while engine.llm.llm_engine.has_unfinished_requests():
+            outputs.update({o.request_id: o for o in engine.step()})
+        return outputs[name]
+
+    many = run(n=3, temperature=1.0, seed=7)
+    assert len({tuple(o.token_ids) for o in many.outputs}) == 3
+    scored = run(logprobs=2, prompt_logprobs=1, max_tokens=5)
+    assert len(scored.outputs[0].logprobs) == 5
+    assert len(scored.prompt_logprobs) == len(scored.prompt_token_ids)
+    word = run(max_tokens=24).outputs[0].text.split()[4]
+    stopped = run(stop=[word], max_tokens=24).outputs[0]
+    assert stopped.finish_reason == "stop" and word not in stopped.text
+    again = run(n=3, temperature=1.0, seed=7)
     first, second = (
-        [list(o.token_ids) for o in sorted(outputs[r].outputs, key=lambda o: o.index)]
-        for r in (many, again)
+        [list(o.token_ids) for o in sorted(result.outputs, key=lambda o: o.index)]
+        for result in (many, again)
     )
     assert first == second
 
 
 @pytest.mark.engine
 def test_wrong_override_is_that_requests_error(engine: Engine) -> None:
-    with pytest.raises(ValueError, match=r"fastgen_recovery: got 1\.5"):
+    with pytest.raises(VLLMValidationError, match=r"fastgen_recovery: got 1\.5"):
         engine.add(english(300), recovery=1.5)
-    with pytest.raises(ValueError, match="unknown key"):
+    with pytest.raises(VLLMValidationError, match="unknown key"):
         engine.add(english(300), extra_args={"fastgen_recovry": 0.9})
     name = engine.add(english(300))
     assert name in engine.run()
 
 
 @pytest.mark.engine
+def test_vacated_blocks_admit_more_requests(engine: Engine) -> None:
+    """Memory for about four requests, 16 waiting: as many run as the kept ratio promises."""
+    prompts = [english(2300, "specialnames", 3000 * i) for i in range(16)]
+    names = [engine.add(p, max_tokens=1) for p in prompts]
+    lengths = [
+        len(engine.scheduler.requests[k].prompt_token_ids) for k in engine.scheduler.requests
+    ]
+    engine.run()
+    num_blocks = 4 * -(-(max(lengths) + 32) // 16) + 12
+
+    def run(recovery: float) -> dict[str, Finished]:
+        keys = [engine.add(p, recovery, max_tokens=32, ignore_eos=True) for p in prompts]
+        results = engine.run()
+        return {p: results[k] for p, k in zip(prompts, keys, strict=True)}
+
+    alone = {}
+    for prompt in prompts:
+        name = engine.add(prompt, 0.9, max_tokens=32, ignore_eos=True)
+        alone[prompt] = engine.run()[name].output
+    with engine.limited_to(num_blocks):
+        run(1.0)
+        stock_running, engine.most_running = engine.most_running, 0
+        together = run(0.9)
+    assert 4 <= stock_running <= 5
+    ratio = sum(r.info["kv_kept_ratio"] for r in together.values()) / len(prompts)
+    assert ratio < 0.75, "natural text should leave heads something to discard"
+    assert engine.most_running >= 0.9 * stock_running / ratio, (
+        f"{stock_running} -> {engine.most_running} running at ratio {ratio:.3f}, {len(names)} sent"
+    )
+    assert {p: r.output for p, r in together.items()} == alone
+
+
+@pytest.mark.engine
 def test_soak(engine: Engine) -> None:
     """200 requests, random lengths and aborts, in a pool that forces preemptions."""
     rng = random.Random(3)
-    pool = engine.scheduler.kv_cache_manager.block_pool
-    hoard = pool.get_new_blocks(pool.get_num_free_blocks() - 150)
-    audit, engine.scheduler.debug = engine.scheduler.debug, False
-    audited = AuditWithHoard(engine, len(hoard))
-    began, preempted = engine.free_blocks(), engine.num_preemptions
-    waiting, alive, finished = 200, set(), 0
-    try:
+    waiting, alive, finished, preempted = 200, set(), 0, engine.num_preemptions
+    with engine.limited_to(130):
         while waiting or engine.llm.llm_engine.has_unfinished_requests():
             while waiting and len(alive) < 14:
-                size = rng.randint(30, 1800)
-                prompt = english(size, "specialnames", rng.randint(0, 50000))
+                prompt = english(rng.randint(30, 1600), "specialnames", rng.randint(0, 50000))
                 recovery = rng.choice([0.7, 0.9, 0.95, 1.0])
                 alive.add(engine.add(prompt, recovery, max_tokens=rng.randint(1, 60)))
                 waiting -= 1
             for output in engine.step():
                 alive.discard(output.request_id)
                 finished += 1
-            audited.check()
             if alive and rng.random() < 0.05:
                 victim = rng.choice(sorted(alive))
                 engine.abort(victim)
                 alive.discard(victim)
-        assert finished > 100
-        assert engine.num_preemptions > preempted, "not enough pressure for a preemption"
-        assert engine.free_blocks() == began
-    finally:
-        engine.scheduler.debug = audit
-        pool.free_blocks(hoard)
-
-
-class AuditWithHoard:
-    """The scheduler's own audit, knowing that the test holds blocks back."""
-
-    def __init__(self, engine: Engine, num_hoarded: int) -> None:
-        self.engine, self.num_hoarded = engine, num_hoarded
-
-    def check(self) -> None:
-        manager = self.engine.scheduler.block_manager
-        tables = self.engine.runtime.tables
-        held = [b for r in manager.req_to_blocks for b in manager.owned_blocks(r)]
-        assert len(held) == len(set(held))
-        total = len(held) + manager.block_pool.get_num_free_blocks() + self.num_hoarded
-        assert total == manager.block_pool.num_gpu_blocks - 1
-        for request_id in manager.free_pages:
-            if request_id in manager.req_to_blocks:
-                owned = sorted(manager.owned_blocks(request_id))
-                assert owned == sorted(tables.blocks[request_id])
+            assert alive or not engine.llm.llm_engine.has_unfinished_requests()
+    assert finished > 100
+    assert engine.num_preemptions > preempted, "not enough pressure for a preemption"

@@ -45,7 +45,9 @@ class FastGenBlockManager(FullAttentionManager):
         blocks = self.req_to_blocks.get(request_id, [])
         return [block.block_id for block in blocks if not block.is_null]
 
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *a: Any, **k: Any) -> int:
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *a: Any, **k: Any
+    ) -> int:
         num_blocks = super().get_num_blocks_to_allocate(request_id, num_tokens, *a, **k)
         return num_blocks if self._needs_blocks(request_id) else 0
 
@@ -71,9 +73,7 @@ class FastGenBlockManager(FullAttentionManager):
         return free_pages is None or free_pages < self.pages_per_block
 
 
-@register_kv_cache_spec(
-    manager_class=FastGenBlockManager, uniform_type_base_spec=FullAttentionSpec
-)
+@register_kv_cache_spec(manager_class=FastGenBlockManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class FastGenSpec(FullAttentionSpec):
     """Full attention whose blocks come back."""

@@ -26,7 +26,17 @@ class FastGenScheduler(Scheduler):
         manager.pages_per_block = len(group.layer_names) * group.kv_cache_spec.num_kv_heads
         self.block_manager = manager
         self.kept: dict[str, Kept] = {}
-        self.debug = fastgen_config(self.vllm_config).debug
+        config = fastgen_config(self.vllm_config)
+        self.debug = config.debug
+        logger.info(
+            "FASTGEN: recovery %.4g, ladder %s, %d head pages of %d tokens per block, "
+            "prompts from %d tokens are compressed",
+            config.recovery,
+            config.ladder_name,
+            manager.pages_per_block,
+            config.block_size,
+            config.min_prompt_tokens,
+        )
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         report = getattr(model_runner_output, "fastgen_report", None)

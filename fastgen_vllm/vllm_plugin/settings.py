@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 from fastgen_vllm.config import FastGenConfig, FastGenConfigError, RequestOverride
@@ -71,13 +72,6 @@ def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
         )
     original(vllm_config)
     cache.block_size = config.block_size
-    logger.info(
-        "FASTGEN: recovery %.4g, ladder %s, block size %d, prompts from %d tokens are compressed",
-        config.recovery,
-        config.ladder_name,
-        config.block_size,
-        config.min_prompt_tokens,
-    )
 
 
 def _unsupported(vllm_config: Any) -> list[str]:
@@ -163,4 +157,7 @@ def validate_request(original: Callable[..., None], processed_inputs: Any, param
     """Wraps ``Platform.validate_request``: a wrong override is the request's error, not ours."""
     original(processed_inputs, params)
     if _active:
-        RequestOverride.from_extra_args(getattr(params, "extra_args", None))
+        try:
+            RequestOverride.from_extra_args(getattr(params, "extra_args", None))
+        except FastGenConfigError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

@@ -1,0 +1,47 @@
+import pytest
+
+from fastgen_vllm.config import FastGenConfig, FastGenConfigError, Hybrid, RequestOverride
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recovery": 1.2}, r"fastgen\.recovery: got 1\.2.*less than or equal to 1"),
+        ({"recovery": "high"}, r"fastgen\.recovery: got 'high'"),
+        ({"recover": 0.9}, r"fastgen\.recover: unknown key; known keys: recovery, ladder"),
+        ({"query_sampling": 0}, r"fastgen\.query_sampling: got 0.*greater than or equal to 1"),
+        ({"block_size": 24}, r"fastgen\.block_size: got 24.*8, 16, 32, 64 or 128"),
+        ({"group_reduction": "max"}, r"fastgen\.group_reduction: got 'max'.*'mean' or 'min'"),
+        ({"ladder": []}, "empty list"),
+        ({"ladder": "adaptive"}, r"fastgen\.ladder.*'paper'"),
+        ({"ladder": [{"frequent": 1.5}]}, r"fastgen\.ladder\[0\]\.frequent: got 1\.5"),
+        ({"ladder": [{"frequent": 0.00001}]}, "multiple of 0.0001"),
+        ({"ladder": [{}]}, "at least one component"),
+        ({"ladder": [{"full": True, "special": True}]}, "'full' alone"),
+        ({"ladder": [7]}, r"fastgen\.ladder\[0\]: 7 is not an object"),
+        ({"extra_special_tokens": "<x>"}, r"fastgen\.extra_special_tokens: got '<x>'"),
+        ("paper", "must be an object"),
+    ],
+)
+def test_wrong_settings_are_named(settings: object, message: str) -> None:
+    with pytest.raises(FastGenConfigError, match=message):
+        FastGenConfig.from_dict(settings)
+
+
+def test_ladder_always_ends_full() -> None:
+    config = FastGenConfig.from_dict({"ladder": [{"special": True, "local": 0.1}]})
+    assert config.hybrids == (Hybrid(special=True, local=0.1), Hybrid(full=True))
+    assert config.ladder_name == "special+local(0.1) -> full"
+
+
+def test_debug_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not FastGenConfig().debug
+    monkeypatch.setenv("FASTGEN_DEBUG", "1")
+    assert FastGenConfig().debug
+
+
+def test_override_ignores_other_keys() -> None:
+    override = RequestOverride.from_extra_args({"other": 1, "fastgen_recovery": 0.8})
+    assert override.fastgen_recovery == 0.8
+    with pytest.raises(FastGenConfigError, match=r"fastgen_recovery: got -1"):
+        RequestOverride.from_extra_args({"fastgen_recovery": -1.0})
