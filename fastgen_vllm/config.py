@@ -17,7 +17,7 @@ class FastGenConfigError(ValueError):
 
 
 class Hybrid(BaseModel):
-    """A union of policy components. ``frequent`` and ``local`` are r_f and r_l; 0 leaves them out."""
+    """A union of policy components; ``frequent`` and ``local`` are r_f and r_l, 0 for neither."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from fastgen_vllm.config import RATIO_UNIT, Hybrid
+
+IntLike = TypeVar("IntLike", int, torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Ladder:
         return [window_size(int(r), num_tokens) for r in self.local]
 
 
-def ceil_ratio(ratio: int, num_tokens: int) -> int:
+def ceil_ratio(ratio: IntLike, num_tokens: IntLike) -> IntLike:
     """``ceil(ratio / 10000 * num_tokens)`` without rounding error; also elementwise on tensors."""
     return -((-ratio * num_tokens) // RATIO_UNIT)
 

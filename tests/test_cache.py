@@ -76,10 +76,12 @@ class PoolLife(RuleBasedStateMachine):
         start = torch.tensor([0, *lengths]).cumsum(0)
         width = max(len(self.tables[r]) for r in batch)
         table = torch.tensor([self.tables[r] + [0] * (width - len(self.tables[r])) for r in batch])
-        ids = [self.tokens[r][self.computed[r] : n] for r, n in zip(batch, seen, strict=True)]
-        step = self.runtime.start_step(
-            batch, start, torch.tensor(seen), table, torch.tensor(sum(ids, []))
-        )
+        ids = [
+            token
+            for r, n in zip(batch, seen, strict=True)
+            for token in self.tokens[r][self.computed[r] : n]
+        ]
+        step = self.runtime.start_step(batch, start, torch.tensor(seen), table, torch.tensor(ids))
         for layer in range(LAYERS):
             content = torch.stack(
                 [

@@ -45,10 +45,8 @@ class FastGenBlockManager(FullAttentionManager):
         blocks = self.req_to_blocks.get(request_id, [])
         return [block.block_id for block in blocks if not block.is_null]
 
-    def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *a: Any, **k: Any
-    ) -> int:
-        num_blocks = super().get_num_blocks_to_allocate(request_id, num_tokens, *a, **k)
+    def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
+        num_blocks = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
         return num_blocks if self._needs_blocks(request_id) else 0
 
     def allocate_new_blocks(

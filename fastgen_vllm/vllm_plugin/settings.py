@@ -117,7 +117,7 @@ def _unsupported(vllm_config: Any) -> list[str]:
         problems += [
             (
                 model.get_sliding_window() is not None,
-                f"sliding-window models ({model.model}); --disable-sliding-window if it is optional",
+                f"sliding-window models ({model.model}); try --disable-sliding-window",
             ),
             (model.use_mla, f"multi-head latent attention models ({model.model})"),
             (model.is_encoder_decoder, f"encoder-decoder models ({model.model})"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -13,8 +13,13 @@ from fastgen_vllm.runtime import Runtime, StepReport
 from fastgen_vllm.tokens import TokenFlags
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
 
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase
+else:
+    WorkerBase = object
 
-class FastGenWorkerMixin:
+
+class FastGenWorkerMixin(WorkerBase):
     """Over a vLLM worker with the V1 model runner."""
 
     runtime: Runtime
