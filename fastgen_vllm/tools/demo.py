@@ -16,8 +16,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-KV_TOKENS = 2304
-"""Room for about four requests of the demo."""
+KV_TOKENS = 2560
+"""Room for between four and five requests of the demo."""
 PROMPT_CHARS = 2300
 MAX_TOKENS = 48
 NUM_REQUESTS = 16
