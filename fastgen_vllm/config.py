@@ -12,6 +12,9 @@ RATIO_UNIT = 10_000
 """Ratios are whole multiples of 1/10000, so that ``ceil(r * t)`` is exact integer arithmetic."""
 
 
+KernelChoice = Literal["auto", "native", "reference"]
+
+
 class FastGenConfigError(ValueError):
     """A setting is unknown, of the wrong type or out of range."""
 
@@ -71,6 +74,8 @@ class FastGenConfig(BaseModel):
         query_sampling: profile every s-th prompt query (1: all of them).
         block_size: tokens per block, and slots per head page.
         min_prompt_tokens: shorter prompts are kept whole.
+        kernels: ``auto`` takes the fastest that serve this device and model; ``native`` insists
+            on compiled ones; ``reference`` is plain PyTorch.
         extra_special_tokens: strings that count as special tokens beside the tokenizer's.
         debug: audit the page pool after every step (also ``FASTGEN_DEBUG=1``).
     """
@@ -84,6 +89,7 @@ class FastGenConfig(BaseModel):
     query_sampling: int = Field(default=1, ge=1, le=1024)
     block_size: Literal[8, 16, 32, 64, 128] = 16
     min_prompt_tokens: int = Field(default=64, ge=1)
+    kernels: KernelChoice = "auto"
     extra_special_tokens: tuple[str, ...] = ()
     debug: bool = Field(default_factory=lambda: os.environ.get("FASTGEN_DEBUG", "0") == "1")
 

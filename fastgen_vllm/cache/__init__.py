@@ -1,7 +1,7 @@
 """Per-head KV cache: pages, head block tables, compaction after prefill, eviction in decode."""
 
 from fastgen_vllm.cache.compaction import Compacted, compact
-from fastgen_vllm.cache.eviction import DecodeStep, add_scores, plan_decode
+from fastgen_vllm.cache.eviction import DecodeStep, plan_decode
 from fastgen_vllm.cache.head_tables import HeadTables, OutOfPagesError
 from fastgen_vllm.cache.pages import PagePool
 
@@ -11,7 +11,6 @@ __all__ = [
     "HeadTables",
     "OutOfPagesError",
     "PagePool",
-    "add_scores",
     "compact",
     "plan_decode",
 ]

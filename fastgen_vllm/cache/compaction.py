@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastgen_vllm.cache.head_tables import HeadTables
 from fastgen_vllm.cache.pages import EMPTY, PagePool
+
+if TYPE_CHECKING:
+    from fastgen_vllm.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ def compact(
     policy: torch.Tensor,
     scores: torch.Tensor,
     sticky: torch.Tensor,
+    keeps_scores: torch.Tensor,
+    kernels: Kernels,
 ) -> Compacted:
     """Move a prompt from the engine's block table to head block tables, in place.
 
@@ -49,6 +55,7 @@ def compact(
         policy: int64 ``[L, H]``.
         scores: float32 ``[L, H, n]``, cumulative attention; 0 for heads that keep no scores.
         sticky: bool ``[L, H, n]``.
+        keeps_scores: bool ``[L, H]``.
     """
     pool = tables.pool
     block_size, n = pool.block_size, kept.shape[-1]
@@ -57,7 +64,7 @@ def compact(
     lengths = kept.sum(-1)
     used = -(-lengths // block_size)
     pages = pool.pages_of(block_ids)
-    _pack(pool, pages, kept)
+    kernels.pack_slots(pool.kv, pages, kept)
 
     room = used * block_size - lengths
     growing = int((room < len(blocks) * block_size - n).sum())
@@ -73,24 +80,12 @@ def compact(
     tables.lengths[row] = lengths.int()
     tables.num_sticky[row] = (kept & sticky).sum(-1).int()
     tables.policy[row] = policy
+    tables.keeps_scores[row] = keeps_scores
     tables.free_pages[row, : len(free)] = free.int()
     tables.num_free[row] = len(free)
     tables.blocks[request_id] = list(blocks[:num_stay])
     _write_metadata(pool, pages, is_used, kept, scores.masked_fill(sticky, float("inf")))
     return Compacted(list(blocks[num_stay:]), int(lengths.sum()), kept.numel())
-
-
-def _pack(pool: PagePool, pages: torch.Tensor, kept: torch.Tensor) -> None:
-    block_size = pool.block_size
-    for layer in range(pool.num_layers):
-        head, source = kept[layer].nonzero(as_tuple=True)
-        target = (kept[layer].cumsum(-1) - 1)[head, source]
-        moved = source != target
-        head, source, target = head[moved], source[moved], target[moved]
-        own = pages[layer]
-        src = own[head, source // block_size] * block_size + source % block_size
-        dst = own[head, target // block_size] * block_size + target % block_size
-        pool.slots[dst] = pool.slots[src]
 
 
 def _gather_in_front(

@@ -13,6 +13,17 @@ class OutOfPagesError(RuntimeError):
     """A head had to grow and its request owned no free page: the accounting is broken."""
 
 
+_ROW_TENSORS = (
+    "page_table",
+    "lengths",
+    "num_sticky",
+    "policy",
+    "keeps_scores",
+    "free_pages",
+    "num_free",
+)
+
+
 class HeadTables:
     """State of the requests that are past their prompt, one row each.
 
@@ -21,6 +32,7 @@ class HeadTables:
         lengths: int32 ``[R, L, H]``, slots in use. A head's slots are always dense.
         num_sticky: int32 ``[R, L, H]``, sticky tokens among them.
         policy: int64 ``[R, L, H]``, index into the ladder.
+        keeps_scores: bool ``[R, L, H]``, heads with a frequent component.
         free_pages: int32 ``[R, 2 * L * H]``, a stack of pages that the request owns unused.
         num_free: int32 ``[R]``, its height.
         blocks: the block ids that each request owns.
@@ -37,11 +49,23 @@ class HeadTables:
         self.lengths = zeros(num_rows, layers, heads)
         self.num_sticky = zeros(num_rows, layers, heads)
         self.policy = zeros(num_rows, layers, heads, dtype=torch.int64)
+        self.keeps_scores = zeros(num_rows, layers, heads, dtype=torch.bool)
         self.free_pages = zeros(num_rows, 2 * pool.pages_per_block)
         self.num_free = zeros(num_rows)
         self.rows: dict[str, int] = {}
         self.blocks: dict[str, list[int]] = {}
         self._free_rows = list(range(num_rows))[::-1]
+        self._last_rows: tuple[list[str], torch.Tensor] | None = None
+
+    def rows_of(self, request_ids: Sequence[str]) -> torch.Tensor:
+        """int64 ``[N]``. A batch often stays the same for many steps: the last one is kept."""
+        if self._last_rows is None or list(request_ids) != self._last_rows[0]:
+            rows = [self.rows[request_id] for request_id in request_ids]
+            self._last_rows = (
+                list(request_ids),
+                torch.tensor(rows, dtype=torch.int64, device=self.lengths.device),
+            )
+        return self._last_rows[1]
 
     def add(self, request_id: str) -> int:
         """Give the request a row."""
@@ -50,6 +74,7 @@ class HeadTables:
             self._double_rows()
         row = self._free_rows.pop()
         self.rows[request_id] = row
+        self._last_rows = None
         return row
 
     def release(self, request_id: str) -> None:
@@ -106,7 +131,7 @@ class HeadTables:
 
     def _double_rows(self) -> None:
         count = len(self.num_free)
-        for name in ("page_table", "lengths", "num_sticky", "policy", "free_pages", "num_free"):
+        for name in _ROW_TENSORS:
             tensor = getattr(self, name)
             setattr(self, name, torch.cat([tensor, torch.zeros_like(tensor)]))
         self._free_rows.extend(range(2 * count - 1, count - 1, -1))

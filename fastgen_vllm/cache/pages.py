@@ -60,6 +60,11 @@ class PagePool:
         """``[num_pages * block_size, 2 * head_size]``."""
         return self.kv.view(-1, self.kv.shape[-1])
 
+    def of_layer(self, layer: int) -> torch.Tensor:
+        """The pages from this layer's first on: there, every layer's blocks have the page
+        numbers that ``pages_of`` gives for layer 0."""
+        return self.kv[layer * self.num_kv_heads :]
+
     def pages_of(self, blocks: torch.Tensor) -> torch.Tensor:
         """Pages of blocks ``[k]``: int64 ``[L, H, k]``."""
         head = torch.arange(self.pages_per_block, device=blocks.device)

@@ -1,9 +1,5 @@
-"""One function per operation. The plain-PyTorch reference serves every device so far."""
+"""One function per operation, in several implementations; ``select`` picks one at start-up."""
 
-from fastgen_vllm.kernels.reference import (
-    attention_mass,
-    decode_attention,
-    prefill_attention,
-)
+from fastgen_vllm.kernels.select import Kernels, select
 
-__all__ = ["attention_mass", "decode_attention", "prefill_attention"]
+__all__ = ["Kernels", "select"]

@@ -1,7 +1,7 @@
 """Each operation in plain PyTorch: the specification that faster kernels are tested against.
 
 Arithmetic is float32 whatever the cache's dtype. ``H`` KV heads, ``G`` query heads per KV head,
-``D`` head size.
+``D`` head size. Pages are ``[num_pages, block_size, 2 * D]``, K then V in each slot.
 """
 
 from __future__ import annotations
@@ -10,8 +10,34 @@ from collections.abc import Iterator
 
 import torch
 
+from fastgen_vllm.cache.pages import EMPTY
+from fastgen_vllm.policy import ceil_ratio
+
+NAME = "plain PyTorch"
+
 _TILE_SCORES = 1 << 24
 """Scores held at once by a tile of queries (64 MiB of float32)."""
+
+
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Put each token's K and V into its slot of every head.
+
+    Args:
+        key, value: ``[tokens, H, D]``.
+        pages: written.
+        slots: int64 ``[tokens, H]``, ``page * block_size + offset``.
+    """
+    pages.view(-1, pages.shape[-1])[slots] = torch.cat([key, value], dim=-1).to(pages.dtype)
+
+
+def _gather_keys(
+    pages: torch.Tensor, page_table: torch.Tensor, num_keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    content = pages[page_table].flatten(1, 2)[:, :num_keys].transpose(0, 1)
+    key, value = content.chunk(2, dim=-1)
+    return key, value
 
 
 def _query_tiles(num_queries: int, scores_per_query: int) -> Iterator[slice]:
@@ -28,41 +54,47 @@ def _masked_scores(
 
 
 def prefill_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    page_table: torch.Tensor,
+    num_keys: int,
+    scale: float,
+    output: torch.Tensor,
+) -> torch.Tensor:
     """Causal attention of a chunk against its whole prefix and itself.
 
     Args:
-        query: ``[c, H, G, D]``, the last ``c`` of ``m`` tokens.
-        key, value: ``[m, H, D]``.
+        query: ``[c, H, G, D]``, the last ``c`` of ``num_keys`` tokens.
+        page_table: int64 ``[H, P]``, pages of the tokens in order.
+        output: ``[c, H, G, D]``, written.
 
     Returns:
-        output float32 ``[c, H, G, D]`` and lse float32 ``[c, H, G]``.
+        lse float32 ``[c, H, G]``, the log-sum-exp of each query's scaled scores.
     """
     c, heads, groups, _ = query.shape
-    m = key.shape[0]
-    output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    key, value = _gather_keys(pages, page_table, num_keys)
     lse = torch.empty((c, heads, groups), dtype=torch.float32, device=query.device)
-    positions = torch.arange(m - c, m, device=query.device)
-    keys = torch.arange(m, device=query.device)
-    values = value.float()
-    for tile in _query_tiles(c, heads * groups * m):
+    positions = torch.arange(num_keys - c, num_keys, device=query.device)
+    keys = torch.arange(num_keys, device=query.device)
+    for tile in _query_tiles(c, heads * groups * num_keys):
         distance = positions[tile, None] - keys
         scores = _masked_scores(query[tile], key, distance, scale)
         tile_lse = scores.logsumexp(dim=-1)
         probs = (scores - tile_lse[..., None]).exp()
-        output[tile] = torch.einsum("hgqk,khd->qhgd", probs, values)
+        output[tile] = torch.einsum("hgqk,khd->qhgd", probs, value.float()).to(output.dtype)
         lse[tile] = tile_lse.permute(2, 0, 1)
-    return output, lse
+    return lse
 
 
 def attention_mass(
     query: torch.Tensor,
-    key: torch.Tensor,
+    pages: torch.Tensor,
+    page_table: torch.Tensor,
+    num_keys: int,
     lse: torch.Tensor,
     first_position: int,
     position_step: int,
-    bounds: list[int],
+    bounds: torch.Tensor,
     scale: float,
     mass: torch.Tensor,
 ) -> None:
@@ -70,25 +102,26 @@ def attention_mass(
 
     Args:
         query: ``[c, H, G, D]``, the queries at ``first_position + i * position_step``.
-        key: ``[m, H, D]``.
+        page_table: int64 ``[H, P]``, pages of the ``num_keys`` tokens in order.
         lse: float32 ``[c, H, G]``.
-        bounds: ascending distances; bucket ``b`` holds ``bounds[b-1] <= q - k < bounds[b]``,
-            the last bucket everything farther.
-        mass: float32 ``[H, 1 or G, m, len(bounds) + 1]``, updated in place; with 1 the group
-            is summed.
+        bounds: int64, ascending distances; bucket ``b`` holds
+            ``bounds[b-1] <= q - k < bounds[b]``, the last bucket everything farther.
+        mass: float32 ``[H, 1 or G, >= num_keys, len(bounds) + 1]``, updated in place; with 1 the
+            group is summed.
     """
     c, heads, groups, _ = query.shape
-    m = key.shape[0]
+    key, _ = _gather_keys(pages, page_table, num_keys)
+    mass = mass[:, :, :num_keys]
     positions = first_position + position_step * torch.arange(c, device=query.device)
-    keys = torch.arange(m, device=query.device)
-    for tile in _query_tiles(c, heads * groups * m):
+    keys = torch.arange(num_keys, device=query.device)
+    for tile in _query_tiles(c, heads * groups * num_keys):
         distance = positions[tile, None] - keys
         scores = _masked_scores(query[tile], key, distance, scale)
         probs = (scores - lse[tile].permute(1, 2, 0)[..., None]).exp()
         if mass.shape[1] == 1:
             probs = probs.sum(dim=1, keepdim=True)
         below = torch.zeros_like(mass[..., 0])
-        for bucket, bound in enumerate(bounds):
+        for bucket, bound in enumerate(bounds.tolist()):
             near = torch.where(distance < bound, probs, 0.0).sum(dim=-2)
             mass[..., bucket] += near - below
             below = near
@@ -99,32 +132,165 @@ def decode_attention(
     query: torch.Tensor,
     pages: torch.Tensor,
     positions: torch.Tensor,
+    rows: torch.Tensor,
     page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    keeps_scores: torch.Tensor,
+    scores: torch.Tensor,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    output: torch.Tensor,
+) -> None:
     """Attention of one query token per request over its heads' live slots.
 
-    Slots whose position is -1 (evicted, or never filled) are skipped. Every head has at least
-    one live slot: its newest token.
+    Slots whose position is -1 (evicted) are skipped. Every head has at least one live slot: its
+    newest token. Heads that keep scores add each slot's probability, summed over the group.
 
     Args:
         query: ``[N, H, G, D]``.
-        pages: ``[num_pages, block_size, 2 * D]``, K then V.
         positions: int32 ``[num_pages, block_size]``.
-        page_table: int ``[N, H, P]``, padded with page 0, which has no live slot.
-
-    Returns:
-        output float32 ``[N, H, G, D]`` and probabilities float32 ``[N, H, P, block_size]``
-        summed over the group.
+        rows: int64 ``[N]``, each request's row of the three tables.
+        page_table: int32 ``[R, H, P]``, padded with page 0.
+        lengths: int32 ``[R, H]``, slots in use.
+        keeps_scores: bool ``[R, H]``.
+        scores: float32 ``[num_pages, block_size]``, updated in place.
+        output: ``[N, H, G, D]``, written.
     """
-    n, heads, max_pages = page_table.shape
+    n, heads = query.shape[:2]
     block_size, content = pages.shape[1:]
-    index = page_table.reshape(-1).long()
+    length = lengths[rows].long()
+    max_pages = -(-int(length.max()) // block_size)
+    table = page_table[rows][..., :max_pages].long()
+    index = table.reshape(-1)
     cache = pages[index].view(n, heads, max_pages * block_size, content).float()
     key, value = cache.chunk(2, dim=-1)
-    live = positions[index].view(n, heads, 1, max_pages * block_size) >= 0
-    scores = torch.matmul(query.float(), key.transpose(-1, -2)) * scale
-    probs = scores.masked_fill(~live, float("-inf")).softmax(dim=-1)
+    in_use = torch.arange(max_pages * block_size, device=query.device) < length[..., None]
+    live = (positions[index].view(n, heads, -1) >= 0) & in_use
+    weights = torch.matmul(query.float(), key.transpose(-1, -2)) * scale
+    probs = weights.masked_fill(~live[:, :, None], float("-inf")).softmax(dim=-1)
     # An evicted slot may hold anything, NaN included, and 0 * NaN is NaN.
-    output = torch.matmul(probs, value.masked_fill(~live.transpose(-1, -2), 0.0))
-    return output, probs.sum(dim=2).view(n, heads, max_pages, block_size)
+    output.copy_(torch.matmul(probs, value.masked_fill(~live[..., None], 0.0)))
+    received = probs.sum(dim=2).view(n, heads, max_pages, block_size)
+    owned = keeps_scores[rows][..., None] & (table > 0)
+    # A page has one owner, so no index repeats.
+    scores[table[owned]] += received[owned]
+
+
+def plan_decode(
+    rows: torch.Tensor,
+    num_tokens: torch.Tensor,
+    special: torch.Tensor,
+    punctuation: torch.Tensor,
+    ladder: list[torch.Tensor],
+    mean: bool,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    num_sticky: torch.Tensor,
+    policy: torch.Tensor,
+    free_pages: torch.Tensor,
+    num_free: torch.Tensor,
+    positions: torch.Tensor,
+    scores: torch.Tensor,
+    slots: torch.Tensor,
+) -> int:
+    """Give the newest token of each request a slot in every head, evicting where over budget.
+
+    Steps 1 to 3 of docs/how-it-works.md, "Token generation", for all layers at once. The tables
+    are ``HeadTables``'s and are updated in place.
+
+    Args:
+        rows: int64 ``[N]``.
+        num_tokens: int64 ``[N]``, ``t``: tokens including the newest, at position ``t - 1``.
+        special, punctuation: bool ``[N]``, the newest token's flags.
+        ladder: ``Ladder.columns``.
+        mean: divide scores by the queries that could see the token.
+        page_table: int32 ``[R, L, H, P]``, wide enough for one more page a head.
+        slots: int64 ``[N, L, H]``, written: the newest token's ``page * block_size + offset``.
+
+    Returns:
+        the index of a request that owns too few free pages, or -1.
+    """
+    block_size = positions.shape[1]
+    ladder_special, ladder_punctuation, full, frequent, local = ladder
+    choice, length = policy[rows], lengths[rows].long()
+    t = num_tokens[:, None, None]
+    sticky = (special[:, None, None] & ladder_special[choice]) | (
+        punctuation[:, None, None] & ladder_punctuation[choice]
+    )
+    total_sticky = num_sticky[rows] + sticky
+    window = ceil_ratio(local[choice], t).clamp(min=1)
+    budget = total_sticky + ceil_ratio(frequent[choice], t) + window
+    evicts = ~full[choice] & (length >= budget)
+
+    table = page_table[rows]
+    index = (length // block_size)[..., None]
+    takes_page = ~evicts & (length % block_size == 0)
+    taken = takes_page.flatten(1).sum(-1)
+    height = num_free[rows].long()
+    if (taken > height).any():
+        return int((taken > height).nonzero()[0])
+    if taken.any():
+        flat = takes_page.flatten(1)
+        where = (height[:, None] - flat.cumsum(-1)).clamp(min=0)
+        new_pages = free_pages[rows].gather(-1, where)[flat]
+        num_free[rows] = (height - taken).int()
+        positions[new_pages] = EMPTY
+        added = table.gather(-1, index).masked_scatter(takes_page[..., None], new_pages)
+        table.scatter_(-1, index, added)
+        page_table[rows] = table
+    slots.copy_(table.gather(-1, index)[..., 0].long() * block_size + length % block_size)
+    if evicts.any():
+        slots[evicts] = _victims(
+            positions,
+            scores,
+            table[evicts],
+            (t - window).expand_as(length)[evicts],
+            (t - 1).expand_as(length)[evicts] if mean else None,
+        )
+    lengths[rows] = (length + ~evicts).int()
+    num_sticky[rows] = total_sticky.int()
+    positions.view(-1)[slots] = (t - 1).expand_as(slots).int()
+    scores.view(-1)[slots] = torch.where(sticky, float("inf"), 0.0)
+    return -1
+
+
+def _victims(
+    positions: torch.Tensor,
+    scores: torch.Tensor,
+    page_table: torch.Tensor,
+    window_start: torch.Tensor,
+    queries_so_far: torch.Tensor | None,
+) -> torch.Tensor:
+    """Slot of the lowest score outside the window in each head ``[M, P]``; oldest on ties."""
+    block_size, pages = positions.shape[1], page_table.long()
+    position = positions[pages].flatten(1)
+    score = scores[pages].flatten(1)
+    if queries_so_far is not None:
+        score = score / (queries_so_far[:, None] - position).clamp(min=1)
+    inf = float("inf")
+    outside = (position != EMPTY) & (position < window_start[:, None])
+    score = score.masked_fill(~outside, inf)
+    tied = (score == score.amin(-1, keepdim=True)) & (score < inf)
+    oldest = position.masked_fill(~tied, torch.iinfo(torch.int32).max).argmin(-1, keepdim=True)
+    assert tied.gather(-1, oldest).all(), "a head over its budget has no token to evict"
+    page = pages.gather(-1, oldest // block_size)
+    return (page * block_size + oldest % block_size)[:, 0]
+
+
+def pack_slots(pages: torch.Tensor, page_table: torch.Tensor, kept: torch.Tensor) -> None:
+    """Move each head's kept tokens, in order, to the front of its own pages, in place.
+
+    Args:
+        pages: written.
+        page_table: int64 ``[L, H, P]``.
+        kept: bool ``[L, H, n]``.
+    """
+    block_size = pages.shape[1]
+    slots = pages.view(-1, pages.shape[-1])
+    for own, keeps in zip(page_table, kept, strict=True):
+        head, source = keeps.nonzero(as_tuple=True)
+        target = (keeps.cumsum(-1) - 1)[head, source]
+        moved = source != target
+        head, source, target = head[moved], source[moved], target[moved]
+        src = own[head, source // block_size] * block_size + source % block_size
+        dst = own[head, target // block_size] * block_size + target % block_size
+        slots[dst] = slots[src]

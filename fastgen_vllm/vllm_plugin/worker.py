@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from fastgen_vllm.config import RequestOverride
+from fastgen_vllm.kernels import cpu, reference
 from fastgen_vllm.runtime import Runtime, StepReport
 from fastgen_vllm.tokens import TokenFlags
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
+
+logger = init_logger("vllm.fastgen")
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
@@ -39,6 +43,10 @@ class FastGenWorkerMixin(WorkerBase):
             config.extra_special_tokens,
         )
         self.runtime = Runtime(config, flags, kv, layers[0].num_heads // layers[0].num_kv_heads)
+        logger.info("FASTGEN: %s kernels on %s", self.runtime.kernels.NAME, kv.device.type)
+        if config.kernels == "auto" and self.runtime.kernels is reference:
+            problem = cpu.problem(kv.shape[-1] // 2, kv.dtype)
+            logger.warning("FASTGEN: the native kernels are not used, which is slower: %s", problem)
         stride = kv.stride(1)
         for layer in layers:
             layer.impl.layer_index = layer.kv_cache.storage_offset() // stride

@@ -1,0 +1,281 @@
+// torch.ops.fastgen: checks shapes, picks the instruction set, calls the kernels.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace fastgen {
+namespace {
+
+using at::Tensor;
+
+const Kernels* kernels_named(c10::string_view isa) {
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16") ? &avx512_bf16_kernels : nullptr;
+  if (isa == "avx512") return avx512 ? &avx512_kernels : nullptr;
+  if (isa == "avx2") return avx2 ? &avx2_kernels : nullptr;
+  return nullptr;
+}
+
+const Kernels* chosen = nullptr;
+
+const Kernels& kernels() {
+  TORCH_CHECK(chosen, "fastgen: set_isa was not called");
+  return *chosen;
+}
+
+bool set_isa(c10::string_view isa) {
+  const Kernels* found = kernels_named(isa);
+  if (found) chosen = found;
+  return found != nullptr;
+}
+
+// Tasks are handed out one at a time, since they differ in length.
+void parallel(int64_t n, void (*body)(void*, int64_t), void* context) {
+  std::atomic<int64_t> next{0};
+  int64_t threads = std::min<int64_t>(n, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin)
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(context, i);
+  });
+}
+
+DType dtype_of(const Tensor& t) {
+  if (t.scalar_type() == at::kFloat) return DType::f32;
+  if (t.scalar_type() == at::kHalf) return DType::f16;
+  TORCH_CHECK(t.scalar_type() == at::kBFloat16, "fastgen: dtype ", t.scalar_type(),
+              " is not float32, float16 or bfloat16");
+  return DType::bf16;
+}
+
+template <class T>
+T* contiguous(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.is_contiguous(), "fastgen: ", name, " must be contiguous");
+  return t.data_ptr<T>();
+}
+
+// [tokens, H, G, D] whose tokens are each contiguous, of the pages' dtype.
+void check_tokens(const Tensor& t, const Tensor& pages, const char* name) {
+  TORCH_CHECK(t.dim() == 4 && t.scalar_type() == pages.scalar_type() && t[0].is_contiguous(),
+              "fastgen: ", name, " must be [tokens, H, G, D] of the pages' dtype, contiguous per token");
+}
+
+void check_pages(const Tensor& pages, const Tensor& query) {
+  int64_t D = query.size(3);
+  TORCH_CHECK(pages.dim() == 3 && pages.is_contiguous() && pages.size(2) == 2 * D,
+              "fastgen: pages must be contiguous [*, block_size, 2 * ", D, "]");
+  TORCH_CHECK(D % 16 == 0 && D <= 256, "fastgen: head size ", D, " is not a multiple of 16 up to 256");
+}
+
+Prefill prefill_arguments(const Tensor& query, const Tensor& pages, const Tensor& page_table,
+                          int64_t num_keys, double scale) {
+  check_tokens(query, pages, "query");
+  check_pages(pages, query);
+  TORCH_CHECK(page_table.size(0) == query.size(1) &&
+                  page_table.size(1) * pages.size(1) >= num_keys && query.size(0) <= num_keys,
+              "fastgen: the page table does not cover the keys");
+  Prefill a;
+  a.dtype = dtype_of(pages);
+  a.num_queries = query.size(0);
+  a.num_heads = query.size(1);
+  a.group = query.size(2);
+  a.head_size = query.size(3);
+  a.num_keys = num_keys;
+  a.block_size = pages.size(1);
+  a.query = query.data_ptr();
+  a.query_stride = query.stride(0);
+  a.pages = pages.data_ptr();
+  a.page_table = contiguous<int64_t>(page_table, "page_table");
+  a.table_stride = page_table.size(1);
+  a.scale = static_cast<float>(scale);
+  a.num_threads = at::get_num_threads();
+  a.parallel = parallel;
+  return a;
+}
+
+Tensor prefill_attention(const Tensor& query, const Tensor& pages, const Tensor& page_table,
+                         int64_t num_keys, double scale, const Tensor& output) {
+  PrefillAttention a{prefill_arguments(query, pages, page_table, num_keys, scale)};
+  check_tokens(output, pages, "output");
+  Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, at::kFloat);
+  a.output = output.data_ptr();
+  a.output_stride = output.stride(0);
+  a.lse = lse.data_ptr<float>();
+  kernels().prefill_attention(a);
+  return lse;
+}
+
+void attention_mass(const Tensor& query, const Tensor& pages, const Tensor& page_table,
+                    int64_t num_keys, const Tensor& lse, int64_t first_position,
+                    int64_t position_step, const Tensor& bounds, double scale, const Tensor& mass) {
+  AttentionMass a{prefill_arguments(query, pages, page_table, num_keys, scale)};
+  int64_t buckets = bounds.size(0) + 1;
+  TORCH_CHECK(lse.size(0) == query.size(0) && lse.stride(1) == query.size(2) && lse.stride(2) == 1,
+              "fastgen: lse must be [queries, H, G], contiguous per query");
+  TORCH_CHECK(mass.dim() == 4 && mass.size(0) == query.size(1) && mass.size(2) >= num_keys &&
+                  mass.size(3) == buckets && mass.stride(3) == 1 && mass.stride(2) == buckets &&
+                  (mass.size(1) == 1 || mass.size(1) == query.size(2)),
+              "fastgen: mass must be [H, 1 or G, keys, bounds + 1]");
+  a.first_position = first_position;
+  a.position_step = position_step;
+  a.lse = lse.data_ptr<float>();
+  a.lse_stride = lse.stride(0);
+  a.bounds = contiguous<int64_t>(bounds, "bounds");
+  a.num_bounds = bounds.size(0);
+  a.mass = mass.data_ptr<float>();
+  a.mass_groups = mass.size(1);
+  a.mass_head_stride = mass.stride(0);
+  a.mass_group_stride = mass.stride(1);
+  kernels().attention_mass(a);
+}
+
+void decode_attention(const Tensor& query, const Tensor& pages, const Tensor& positions,
+                      const Tensor& rows, const Tensor& page_table, const Tensor& lengths,
+                      const Tensor& keeps_scores, const Tensor& scores, double scale,
+                      const Tensor& output) {
+  check_tokens(query, pages, "query");
+  check_tokens(output, pages, "output");
+  check_pages(pages, query);
+  TORCH_CHECK(page_table.stride(2) == 1 && lengths.stride(1) == 1 && keeps_scores.stride(1) == 1 &&
+                  lengths.stride(0) == keeps_scores.stride(0) && rows.size(0) == query.size(0),
+              "fastgen: page_table [R, H, P], lengths and keeps_scores [R, H], rows [N]");
+  DecodeAttention a;
+  a.dtype = dtype_of(pages);
+  a.num_requests = query.size(0);
+  a.num_heads = query.size(1);
+  a.group = query.size(2);
+  a.head_size = query.size(3);
+  a.block_size = pages.size(1);
+  a.query = query.data_ptr();
+  a.query_stride = query.stride(0);
+  a.pages = pages.data_ptr();
+  a.positions = contiguous<int32_t>(positions, "positions");
+  a.rows = contiguous<int64_t>(rows, "rows");
+  a.page_table = page_table.data_ptr<int32_t>();
+  a.table_row_stride = page_table.stride(0);
+  a.table_head_stride = page_table.stride(1);
+  a.lengths = lengths.data_ptr<int32_t>();
+  a.lengths_row_stride = lengths.stride(0);
+  a.keeps_scores = keeps_scores.data_ptr<bool>();
+  a.scores = contiguous<float>(scores, "scores");
+  a.output = output.data_ptr();
+  a.output_stride = output.stride(0);
+  a.scale = static_cast<float>(scale);
+  a.num_threads = at::get_num_threads();
+  a.parallel = parallel;
+  kernels().decode_attention(a);
+}
+
+int64_t plan_decode(const Tensor& rows, const Tensor& num_tokens, const Tensor& special,
+                    const Tensor& punctuation, at::TensorList ladder, bool mean,
+                    const Tensor& page_table, const Tensor& lengths, const Tensor& num_sticky,
+                    const Tensor& policy, const Tensor& free_pages, const Tensor& num_free,
+                    const Tensor& positions, const Tensor& scores, const Tensor& slots) {
+  TORCH_CHECK(ladder.size() == 5, "fastgen: the ladder has five columns");
+  PlanDecode a;
+  a.num_requests = rows.size(0);
+  a.num_layers = lengths.size(1);
+  a.num_heads = lengths.size(2);
+  a.block_size = positions.size(1);
+  a.rows = contiguous<int64_t>(rows, "rows");
+  a.page_table = contiguous<int32_t>(page_table, "page_table");
+  a.table_width = page_table.size(3);
+  a.lengths = contiguous<int32_t>(lengths, "lengths");
+  a.num_sticky = contiguous<int32_t>(num_sticky, "num_sticky");
+  a.policy = contiguous<int64_t>(policy, "policy");
+  a.free_pages = contiguous<int32_t>(free_pages, "free_pages");
+  a.free_width = free_pages.size(1);
+  a.num_free = contiguous<int32_t>(num_free, "num_free");
+  a.positions = contiguous<int32_t>(positions, "positions");
+  a.scores = contiguous<float>(scores, "scores");
+  a.ladder_special = contiguous<bool>(ladder[0], "special");
+  a.ladder_punctuation = contiguous<bool>(ladder[1], "punctuation");
+  a.ladder_full = contiguous<bool>(ladder[2], "full");
+  a.ladder_frequent = contiguous<int64_t>(ladder[3], "frequent");
+  a.ladder_local = contiguous<int64_t>(ladder[4], "local");
+  a.num_tokens = contiguous<int64_t>(num_tokens, "num_tokens");
+  a.special = contiguous<bool>(special, "special");
+  a.punctuation = contiguous<bool>(punctuation, "punctuation");
+  a.mean = mean;
+  a.slots = contiguous<int64_t>(slots, "slots");
+  a.parallel = parallel;
+  return kernels().plan_decode(a);
+}
+
+// key, value: [tokens, H, D]; slots: [tokens, H], indices into pages [*, block_size, 2 * D].
+void write_kv(const Tensor& key, const Tensor& value, const Tensor& pages, const Tensor& slots) {
+  TORCH_CHECK(pages.is_contiguous() && slots.stride(1) == 1 && slots.size(0) == key.size(0) &&
+                  slots.size(1) == key.size(1) && pages.size(2) == 2 * key.size(2) &&
+                  value.sizes() == key.sizes(),
+              "fastgen: key and value [tokens, H, D], slots [tokens, H], pages [*, bs, 2 * D]");
+  for (const Tensor& t : {key, value})
+    TORCH_CHECK(t.scalar_type() == pages.scalar_type() && t.stride(2) == 1,
+                "fastgen: key and value must be of the pages' dtype, contiguous per head");
+  int64_t size = pages.element_size(), bytes = key.size(2) * size, heads = key.size(1);
+  const char *keys = static_cast<const char*>(key.data_ptr());
+  const char *values = static_cast<const char*>(value.data_ptr());
+  char* to = static_cast<char*>(pages.data_ptr());
+  const int64_t* slot = slots.data_ptr<int64_t>();
+  at::parallel_for(0, key.size(0), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t h = 0; h < heads; ++h) {
+        char* at = to + slot[i * slots.stride(0) + h] * 2 * bytes;
+        std::memcpy(at, keys + (i * key.stride(0) + h * key.stride(1)) * size, bytes);
+        std::memcpy(at + bytes, values + (i * value.stride(0) + h * value.stride(1)) * size, bytes);
+      }
+  });
+}
+
+// page_table: int64 [L, H, P]; kept: bool [L, H, n].
+void pack_slots_op(const Tensor& pages, const Tensor& page_table, const Tensor& kept) {
+  PackSlots a;
+  a.num_heads = kept.size(0) * kept.size(1);
+  a.num_tokens = kept.size(2);
+  a.block_size = pages.size(1);
+  a.slot_bytes = pages.size(2) * pages.element_size();
+  TORCH_CHECK(pages.is_contiguous() && page_table.size(2) * a.block_size >= a.num_tokens,
+              "fastgen: the page table does not cover the tokens");
+  a.table_stride = page_table.size(2);
+  a.pages = static_cast<char*>(pages.data_ptr());
+  a.page_table = contiguous<int64_t>(page_table, "page_table");
+  a.kept = contiguous<bool>(kept, "kept");
+  a.parallel = parallel;
+  pack_slots(a);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastgen, m) {
+  m.def("set_isa(str isa) -> bool", [](c10::string_view isa) { return set_isa(isa); });
+  m.def("write_kv(Tensor key, Tensor value, Tensor(a!) pages, Tensor slots) -> ()", write_kv);
+  m.def(
+      "prefill_attention(Tensor query, Tensor pages, Tensor page_table, int num_keys, float scale, "
+      "Tensor(a!) output) -> Tensor",
+      prefill_attention);
+  m.def(
+      "attention_mass(Tensor query, Tensor pages, Tensor page_table, int num_keys, Tensor lse, "
+      "int first_position, int position_step, Tensor bounds, float scale, Tensor(a!) mass) -> ()",
+      attention_mass);
+  m.def(
+      "decode_attention(Tensor query, Tensor pages, Tensor positions, Tensor rows, "
+      "Tensor page_table, Tensor lengths, Tensor keeps_scores, Tensor(a!) scores, float scale, "
+      "Tensor(b!) output) -> ()",
+      decode_attention);
+  m.def(
+      "plan_decode(Tensor rows, Tensor num_tokens, Tensor special, Tensor punctuation, "
+      "Tensor[] ladder, bool mean, Tensor(a!) page_table, Tensor(b!) lengths, "
+      "Tensor(c!) num_sticky, Tensor policy, Tensor free_pages, Tensor(d!) num_free, "
+      "Tensor(e!) positions, Tensor(f!) scores, Tensor(g!) slots) -> int",
+      plan_decode);
+  m.def("pack_slots(Tensor(a!) pages, Tensor page_table, Tensor kept) -> ()", pack_slots_op);
+}
+
+}  // namespace fastgen

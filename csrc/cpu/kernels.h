@@ -1,0 +1,112 @@
+// The operations of fastgen_vllm/kernels/reference.py on raw pointers, one table of them per
+// instruction set. Shapes are those of the reference; strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgen {
+
+enum class DType { f32, f16, bf16 };
+
+// Runs body(context, i) for every i in [0, n), spread over threads.
+using ParallelFor = void (*)(int64_t n, void (*body)(void*, int64_t), void* context);
+
+struct Prefill {
+  DType dtype;
+  int64_t num_queries, num_heads, group, head_size;
+  int64_t num_keys, block_size, table_stride;
+  const void* query;  // [num_queries, num_heads * group, head_size]
+  int64_t query_stride;
+  const void* pages;           // [*, block_size, 2 * head_size]
+  const int64_t* page_table;   // [num_heads, table_stride]
+  float scale;
+  int num_threads;
+  ParallelFor parallel;
+};
+
+struct PrefillAttention : Prefill {
+  void* output;  // [num_queries, num_heads * group, head_size]
+  int64_t output_stride;
+  float* lse;  // [num_queries, num_heads * group]
+};
+
+struct AttentionMass : Prefill {
+  // Query i has position first_position + i * position_step.
+  int64_t first_position, position_step;
+  const float* lse;  // [num_queries, num_heads * group]
+  int64_t lse_stride;
+  const int64_t* bounds;  // ascending
+  int64_t num_bounds;
+  float* mass;  // [num_heads, mass_groups, *, num_bounds + 1]
+  int64_t mass_groups, mass_head_stride, mass_group_stride;
+};
+
+struct DecodeAttention {
+  DType dtype;
+  int64_t num_requests, num_heads, group, head_size, block_size;
+  const void* query;  // [num_requests, num_heads * group, head_size]
+  int64_t query_stride;
+  const void* pages;
+  const int32_t* positions;   // [num_pages, block_size]
+  const int64_t* rows;        // [num_requests]
+  const int32_t* page_table;  // [R, num_heads, P]
+  int64_t table_row_stride, table_head_stride;
+  const int32_t* lengths;  // [R, num_heads]
+  int64_t lengths_row_stride;
+  const bool* keeps_scores;  // as lengths
+  float* scores;             // [num_pages, block_size]
+  void* output;              // as query
+  int64_t output_stride;
+  float scale;
+  int num_threads;
+  ParallelFor parallel;
+};
+
+struct PlanDecode {
+  int64_t num_requests, num_layers, num_heads, block_size;
+  const int64_t* rows;
+  int32_t* page_table;  // [R, L, H, P], contiguous, as the rest
+  int64_t table_width;
+  int32_t *lengths, *num_sticky;
+  const int64_t* policy;
+  int32_t* free_pages;  // [R, free_width]
+  int64_t free_width;
+  int32_t* num_free;
+  int32_t* positions;
+  float* scores;
+  // The ladder's columns.
+  const bool *ladder_special, *ladder_punctuation, *ladder_full;
+  const int64_t *ladder_frequent, *ladder_local;
+  const int64_t* num_tokens;  // [num_requests]
+  const bool *special, *punctuation;
+  bool mean;
+  int64_t* slots;  // [num_requests, L, H]
+  ParallelFor parallel;
+};
+
+struct PackSlots {
+  int64_t num_heads;  // over all layers
+  int64_t num_tokens, block_size, slot_bytes, table_stride;
+  char* pages;
+  const int64_t* page_table;  // [num_heads, table_stride]
+  const bool* kept;           // [num_heads, num_tokens]
+  ParallelFor parallel;
+};
+
+// A buffer of the calling thread that only grows: at least n floats, aligned for any vector.
+enum class Scratch { packed_keys, packed_queries, task, parts, raw_scores, count };
+float* scratch(Scratch use, int64_t n);
+
+struct Kernels {
+  void (*prefill_attention)(const PrefillAttention&);
+  void (*attention_mass)(const AttentionMass&);
+  void (*decode_attention)(const DecodeAttention&);
+  // Returns the first request that is short of pages, or -1.
+  int64_t (*plan_decode)(const PlanDecode&);
+};
+
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+
+void pack_slots(const PackSlots&);
+
+}  // namespace fastgen

@@ -1,0 +1,113 @@
+// Tiles of Q K^T for prefill. A lane is 32 bits of the head dimension: one float, or a pair of
+// bf16 where the machine multiplies pairs. Keys are packed lane-major, [lane][kTile keys], so that
+// a tile of scores needs no horizontal sum.
+
+constexpr int kTile = 64;                     // keys
+constexpr int kRows = 6;                      // rows (query, group) of a register block
+constexpr int kVecs = W == 16 ? 4 : 2;        // vectors of a register block
+
+struct FloatLane {
+  typedef float Element;
+  static constexpr int kPer = 1;
+  static inline __attribute__((always_inline)) vf dot(vf acc, vf a, vf b) { return a * b + acc; }
+  template <class T>
+  static inline __attribute__((always_inline)) vf load_row(const T* p) { return load(p); }
+  template <class T>
+  static inline __attribute__((always_inline)) void copy(Element* to, const T* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += W) store(to + i, load(from + i));
+  }
+};
+
+#ifdef FASTGEN_BF16
+struct PairLane {
+  typedef bf16 Element;
+  static constexpr int kPer = 2;
+  static inline __attribute__((always_inline)) vf dot(vf acc, vf a, vf b) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
+  }
+  static inline __attribute__((always_inline)) vf load_row(const bf16* p) {
+    return load((const float*)p);
+  }
+  static inline __attribute__((always_inline)) void copy(Element* to, const bf16* from, int64_t n) {
+    __builtin_memcpy(to, from, n * sizeof(bf16));
+  }
+};
+template <class T>
+struct LaneOf {
+  typedef FloatLane type;
+};
+template <>
+struct LaneOf<bf16> {
+  typedef PairLane type;
+};
+#else
+template <class T>
+struct LaneOf {
+  typedef FloatLane type;
+};
+#endif
+
+// Two vectors of probabilities as consecutive lanes.
+INLINE void store_lanes(float* to, vf x, vf y, FloatLane) {
+  store(to, x);
+  store(to + W, y);
+}
+#ifdef FASTGEN_BF16
+INLINE void store_lanes(float* to, vf x, vf y, PairLane) {
+  _mm512_storeu_ps(to, (__m512)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
+}
+#endif
+
+template <class T>
+INLINE const T* slot_of(const Prefill& a, int64_t head, int64_t key) {
+  int64_t page = a.page_table[head * a.table_stride + key / a.block_size];
+  return (const T*)a.pages + (page * a.block_size + key % a.block_size) * 2 * a.head_size;
+}
+
+// Keys [tile * kTile, ...) of a head as [lane][kTile][kPer]; keys past the last are 0.
+template <class Lane, class T>
+static void pack_keys(const Prefill& a, int64_t head, int64_t tile, float* to) {
+  typedef typename Lane::Element Element;
+  int64_t lanes = a.head_size / Lane::kPer;
+  alignas(64) float row[256];
+  for (int64_t j = 0; j < kTile; ++j) {
+    int64_t key = tile * kTile + j;
+    if (key < a.num_keys)
+      Lane::copy((Element*)row, slot_of<T>(a, head, key), a.head_size);
+    else
+      __builtin_memset(row, 0, lanes * sizeof(float));
+    for (int64_t l = 0; l < lanes; ++l) to[l * kTile + j] = row[l];
+  }
+}
+
+// scores[r][kTile] = rows[r] . keys, unscaled.
+template <class Lane>
+INLINE void tile_scores(const float* rows, int64_t lanes, const float* keys, float* scores) {
+  for (int k = 0; k < kTile; k += kVecs * W) {
+    vf acc[kRows][kVecs] = {};
+    for (int64_t l = 0; l < lanes; ++l) {
+      vf key[kVecs];
+      for (int v = 0; v < kVecs; ++v) key[v] = load(keys + l * kTile + k + v * W);
+      for (int r = 0; r < kRows; ++r) {
+        vf row = splat(rows[r * lanes + l]);
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = Lane::dot(acc[r][v], row, key[v]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVecs; ++v) store(scores + r * kTile + k + v * W, acc[r][v]);
+  }
+}
+
+// Rows (query, group) of queries [first, last) of a head, padded with zeros to kRows.
+template <class Lane, class T>
+static int64_t pack_rows(const Prefill& a, int64_t head, int64_t first, int64_t last, float* to) {
+  typedef typename Lane::Element Element;
+  int64_t lanes = a.head_size / Lane::kPer, rows = (last - first) * a.group;
+  for (int64_t q = first; q < last; ++q) {
+    const T* from = (const T*)a.query + q * a.query_stride + head * a.group * a.head_size;
+    Lane::copy((Element*)(to + (q - first) * a.group * lanes), from, a.group * a.head_size);
+  }
+  int64_t padded = (rows + kRows - 1) / kRows * kRows;
+  __builtin_memset(to + rows * lanes, 0, (padded - rows) * lanes * sizeof(float));
+  return padded;
+}
