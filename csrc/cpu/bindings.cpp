@@ -96,7 +96,6 @@ Prefill prefill_arguments(const Tensor& query, const Tensor& pages, const Tensor
   a.page_table = contiguous<int64_t>(page_table, "page_table");
   a.table_stride = page_table.size(1);
   a.scale = static_cast<float>(scale);
-  a.num_threads = at::get_num_threads();
   a.parallel = parallel;
   return a;
 }
@@ -169,7 +168,6 @@ void decode_attention(const Tensor& query, const Tensor& pages, const Tensor& po
   a.output = output.data_ptr();
   a.output_stride = output.stride(0);
   a.scale = static_cast<float>(scale);
-  a.num_threads = at::get_num_threads();
   a.parallel = parallel;
   kernels().decode_attention(a);
 }

@@ -5,6 +5,10 @@
 constexpr int kSlots = 64;     // slots of a step of the online softmax
 constexpr int kGroupMax = W == 16 ? 4 : 2;  // query heads of a register block
 
+// Small enough that threads end together, large enough to outweigh a merge; and the same in every
+// batch, so that a request's sums do not depend on what runs beside it.
+constexpr int64_t kPart = 512;
+
 struct DecodePart {
   int64_t head, first, last;  // head: request * num_heads + KV head
   float* out;                 // [group][head_size], then maxima [group], then sums [group]
@@ -271,9 +275,7 @@ static void decode_attention(const DecodeAttention& a) {
     total += a.lengths[at];
     if (a.keeps_scores[at]) raw_size += a.lengths[at] * a.group;
   }
-  // Parts small enough that threads end together, large enough to outweigh a merge.
-  int64_t part_size = higher(256, total / (8 * a.num_threads)) / kSlots * kSlots;
-  int64_t out_size = a.group * (a.head_size + 2), max_parts = total / part_size + num;
+  int64_t out_size = a.group * (a.head_size + 2), max_parts = total / kPart + num;
   int64_t floats_of_heads = num * sizeof(DecodeHead) / sizeof(float);
   int64_t floats_of_parts = max_parts * sizeof(DecodePart) / sizeof(float);
   float* memory = scratch(Scratch::parts, floats_of_heads + floats_of_parts + max_parts * out_size);
@@ -287,8 +289,8 @@ static void decode_attention(const DecodeAttention& a) {
     head.first_part = num_parts;
     head.raw = a.keeps_scores[at] ? raw : nullptr;
     if (head.raw) raw += head.length * a.group;
-    for (int64_t first = 0; first < head.length; first += part_size, out += out_size)
-      task.parts[num_parts++] = {i, first, lower(first + part_size, head.length), out};
+    for (int64_t first = 0; first < head.length; first += kPart, out += out_size)
+      task.parts[num_parts++] = {i, first, lower(first + kPart, head.length), out};
     head.num_parts = num_parts - head.first_part;
     head.parts_left.store(head.num_parts, std::memory_order_relaxed);
   }

@@ -20,7 +20,6 @@ struct Prefill {
   const void* pages;           // [*, block_size, 2 * head_size]
   const int64_t* page_table;   // [num_heads, table_stride]
   float scale;
-  int num_threads;
   ParallelFor parallel;
 };
 
@@ -58,7 +57,6 @@ struct DecodeAttention {
   void* output;              // as query
   int64_t output_stride;
   float scale;
-  int num_threads;
   ParallelFor parallel;
 };
 

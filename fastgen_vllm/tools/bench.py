@@ -101,7 +101,7 @@ def run_bench(
                 total = len(scenarios) * plan.rounds * len(variants)
                 task = progress.add_task(f"{group} KV memory, {kv_bytes >> 20} MiB", total=total)
                 results[group] = {"kv_bytes": kv_bytes, "scenarios": []}
-                warm = text[:256]
+                warm = text[: min(256, longest - 8)]
                 for variant in variants:
                     running[variant.engine].run([warm], 4, variant.recovery)
                 for scenario in scenarios:

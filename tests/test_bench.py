@@ -1,0 +1,46 @@
+"""``fastgen bench``: refuses what is wrong, and measures a tiny load end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fastgen_vllm.cli import app
+from fastgen_vllm.tools.bench import Plan, Scenario, chart, markdown, run_bench
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "no model folder"),
+        (["--recovery", "1.5"], "recovery"),
+        (["--settings", '{"laddr": 1}'], "unknown key"),
+        (["--settings", "{"], "Expecting"),
+        (["--rounds", "0"], "rounds"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.engine
+def test_tiny_bench(model: str, tmp_path: Path) -> None:
+    plan = Plan((Scenario("two", 100, 2, 8),), (Scenario("eight", 256, 8, 8),), rounds=1)
+    results = run_bench(model, plan, (1.0, 0.8), {"kernels": "native"}, quick=True)
+    (two,), (eight,) = (results[group]["scenarios"] for group in ("ample", "scarce"))
+    for scenario in (two, eight):
+        assert list(scenario["variants"]) == ["stock", "FastGen 1", "FastGen 0.8"]
+        for line in scenario["variants"].values():
+            assert line["tokens_per_s"] > 0 and line["prefill_s"] < line["total_s"]
+    assert two["variants"]["stock"]["max_running"] == 2
+    assert eight["variants"]["stock"]["max_running"] < 8
+    assert eight["variants"]["FastGen 1"]["kv_kept"] == 1.0
+    assert eight["variants"]["FastGen 0.8"]["kv_kept"] < 1.0
+    table = markdown(results)
+    assert table.count("| FastGen 0.8 |") == 2 and "decode attention, with scores" in table
+    chart(results, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
