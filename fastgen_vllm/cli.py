@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +16,8 @@ from fastgen_vllm.config import FastGenConfig, FastGenConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 DEMO_MODEL = Path(".cache/smollm2-135m-instruct")
+DEMO_TEXTS = Path(".cache/texts")
+Settings = Annotated[str, typer.Option(help="More FastGen settings, as JSON.")]
 
 
 @app.callback()
@@ -26,7 +29,7 @@ def fastgen() -> None:
 def bench(
     model: Annotated[Path, typer.Argument(help="A model folder.")] = DEMO_MODEL,
     recovery: Annotated[list[float] | None, typer.Option(help="May be repeated.")] = None,
-    settings: Annotated[str, typer.Option(help="More FastGen settings, as JSON.")] = "{}",
+    settings: Settings = "{}",
     json_path: Annotated[Path, typer.Option("--json")] = Path("out/bench.json"),
     rounds: Annotated[int | None, typer.Option(min=1, help="How often engines take turns.")] = None,
     quick: Annotated[bool, typer.Option(help="Small loads: under 3 minutes.")] = False,
@@ -35,18 +38,98 @@ def bench(
     from fastgen_vllm.tools import bench as tool
 
     recoveries = tuple(recovery or (1.0, 0.95))
-    try:
-        extra = json.loads(settings)
-        for value in recoveries:
-            FastGenConfig.from_dict({"recovery": value, **extra})
-    except (json.JSONDecodeError, TypeError, FastGenConfigError) as error:
-        raise typer.BadParameter(str(error)) from None
-    if not (model / "config.json").is_file():
-        raise typer.BadParameter(f"{model} is no model folder: it has no config.json")
+    extra = _settings(settings)
+    for value in recoveries:
+        _config({"recovery": value, **extra})
+    _check_model(model)
     plan = tool.QUICK_PLAN if quick else tool.FULL_PLAN
     if rounds is not None:
         plan = replace(plan, rounds=rounds)
-    results = tool.run_bench(str(model), plan, recoveries, extra, quick)
+    _write(tool, tool.run_bench(str(model), plan, recoveries, extra, quick), json_path)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model folder.")] = DEMO_MODEL,
+    method: Annotated[list[str] | None, typer.Option(help="Peers to compare with.")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="Shares of the KV cache.")] = None,
+    recovery: Annotated[list[float] | None, typer.Option(help="Thresholds T.")] = None,
+    settings: Settings = "{}",
+    texts: Annotated[Path, typer.Option(help="Has english/*.txt and korean/*.txt.")] = DEMO_TEXTS,
+    length: Annotated[list[int] | None, typer.Option(min=256, help="Prompt tokens.")] = None,
+    json_path: Annotated[Path, typer.Option("--json")] = Path("out/eval.json"),
+    quick: Annotated[bool, typer.Option(help="Few prompts: under 10 minutes.")] = False,
+) -> None:
+    """Measure answers at each share of the KV cache, beside other methods; no hub is needed."""
+    from fastgen_vllm.tools import eval as tool
+
+    extra, load = _settings(settings), tool.QUICK_LOAD if quick else tool.FULL_LOAD
+    budgets = budget or (tool.QUICK_BUDGETS if quick else tool.BUDGETS)
+    recoveries = recovery or (tool.QUICK_RECOVERIES if quick else tool.RECOVERIES)
+    _check_model(model)
+    try:
+        compared = tool.variants(method or tool.PEER_METHODS, budgets, recoveries, extra)
+        if length:
+            load = replace(load, lengths=tuple(length))
+        results = tool.run_eval(str(model), texts, load, compared, extra)
+    except (FastGenConfigError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from None
+    _write(tool, results, json_path)
+
+
+@app.command()
+def profile(
+    model: Annotated[Path, typer.Argument(help="A model folder.")] = DEMO_MODEL,
+    prompt_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text.")
+    ] = None,
+    settings: Settings = "{}",
+    out: Annotated[Path, typer.Option(help="The page; the picture goes beside it.")] = Path(
+        "out/profile.html"
+    ),
+) -> None:
+    """Show what each head keeps of a prompt: a page, a picture and a table."""
+    from fastgen_vllm.tools import profile as tool
+    from fastgen_vllm.tools.texts import natural_text
+
+    _check_model(model)
+    prompt = prompt_file.read_text() if prompt_file else natural_text()[:4000]
+    try:
+        found = tool.profile(str(model), prompt, _config(_settings(settings)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    figure = tool.picture(found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+    out.write_text(tool.page(found, figure))
+    Console().print(tool.table(found))
+    typer.echo(f"written to {out} and {out.with_suffix('.png')}")
+
+
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--settings: {error}") from None
+    if not isinstance(settings, dict):
+        raise typer.BadParameter(f"--settings: {text!r} is not a JSON object")
+    return settings
+
+
+def _config(settings: dict[str, Any]) -> FastGenConfig:
+    try:
+        return FastGenConfig.from_dict(settings)
+    except FastGenConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _check_model(model: Path) -> None:
+    if not (model / "config.json").is_file():
+        raise typer.BadParameter(f"{model} is no model folder: it has no config.json")
+
+
+def _write(tool: ModuleType, results: dict[str, Any], json_path: Path) -> None:
+    """A tool's results as JSON, and beside it its Markdown table and its chart."""
     json_path.parent.mkdir(parents=True, exist_ok=True)
     json_path.write_text(json.dumps(results, indent=2) + "\n")
     table = tool.markdown(results)

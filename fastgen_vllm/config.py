@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,6 +14,8 @@ RATIO_UNIT = 10_000
 
 
 KernelChoice = Literal["auto", "native", "reference"]
+Method = Literal["fastgen", "streaming", "h2o", "snapkv", "pyramidkv", "adakv", "random"]
+QueryWeighting = Literal["uniform", "recent", "last"]
 
 
 class FastGenConfigError(ValueError):
@@ -50,6 +53,12 @@ class Hybrid(BaseModel):
         parts += [f"{p}({getattr(self, p):g})" for p in ("frequent", "local") if getattr(self, p)]
         return "+".join(parts)
 
+    @property
+    def kind(self) -> str:
+        """Its components without their ratios, for example ``special+frequent``."""
+        parts = ("special", "punctuation", "frequent", "local", "full")
+        return "+".join(part for part in parts if getattr(self, part))
+
 
 FULL = Hybrid(full=True)
 PAPER_LADDER = (
@@ -61,16 +70,67 @@ PAPER_LADDER = (
 )
 
 
+RATIOS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+
+
+def _adaptive_ladder() -> tuple[Hybrid, ...]:
+    """Every r_f and r_l of the grid whose sum is below 1, with and without punctuation. Special
+    tokens are few, and attention sinks are among them: they always stay."""
+    pairs = [(f, r) for f in RATIOS for r in RATIOS if f + r < 1]
+    hybrids = [
+        Hybrid(special=True, punctuation=punctuation, frequent=f, local=r)
+        for punctuation in (False, True)
+        for f, r in pairs
+    ]
+    return (*hybrids, FULL)
+
+
+ADAPTIVE_LADDER = _adaptive_ladder()
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """How prompt queries are weighed and keys ranked.
+
+    Attributes:
+        weighting: ``uniform``; ``recent``: ``min(1, window / d)`` for the query ``d`` before the
+            prompt's end (1 for the last); ``last``: the last ``window`` queries only.
+        window: queries.
+        pooling: a key's rank is the best score among this many keys around it.
+        least_window: tokens; a head that is not full keeps at least the last so many, generated
+            ones included.
+        num_sinks: the prompt's first tokens that count as special: attention sinks, which hold
+            the softmax together whatever they are.
+        value_weighting: weigh attention on a key by the norm of its value, that is by what it
+            adds to the output; sinks get much attention and add next to nothing.
+    """
+
+    weighting: QueryWeighting
+    window: int
+    pooling: int
+    least_window: int
+    num_sinks: int
+    value_weighting: bool
+
+
 class FastGenConfig(BaseModel):
     """Engine settings, read from ``additional_config["fastgen"]``.
 
     Attributes:
         recovery: threshold T, the attention mass a head's policy must keep (0 to 1). At 1.0
             every head keeps everything and nothing is profiled.
-        ladder: ``"paper"``, or a list of hybrids; the full policy always ends it.
+        kv_budget: instead of a threshold, the share of the full cache's memory that a prompt may
+            keep, spread over its layers and heads so that most attention is recovered.
+        method: ``fastgen``, or a method of the literature for comparison, which needs
+            ``kv_budget``: see ``fastgen_vllm/peers.py``.
+        ladder: ``"adaptive"``, a grid of ratios; ``"paper"``; or a list of hybrids. The full policy
+            always ends it.
         group_reduction: how the recoveries of a GQA group become one: ``mean`` or ``min``.
         frequent_score: ``sum`` of attention over queries (the paper), or ``mean`` over the
             queries that could see the key.
+        query_weighting, observation_window, score_pooling, least_window, num_sinks,
+            value_weighting: see ``Profiling``. None takes what suits the ladder or method; for
+            the paper's ladder that is the paper's plain attention mass.
         query_sampling: profile every s-th prompt query (1: all of them).
         block_size: tokens per block, and slots per head page.
         min_prompt_tokens: shorter prompts are kept whole.
@@ -83,9 +143,17 @@ class FastGenConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     recovery: float = Field(default=0.95, ge=0.0, le=1.0)
-    ladder: Literal["paper"] | tuple[Hybrid, ...] = "paper"
+    kv_budget: float | None = Field(default=None, gt=0.0, le=1.0)
+    method: Method = "fastgen"
+    ladder: Literal["adaptive", "paper"] | tuple[Hybrid, ...] = "adaptive"
     group_reduction: Literal["mean", "min"] = "mean"
     frequent_score: Literal["sum", "mean"] = "sum"
+    query_weighting: QueryWeighting | None = None
+    observation_window: int | None = Field(default=None, ge=1)
+    score_pooling: int | None = Field(default=None, ge=1, le=255)
+    least_window: int | None = Field(default=None, ge=1)
+    num_sinks: int | None = Field(default=None, ge=0)
+    value_weighting: bool | None = None
     query_sampling: int = Field(default=1, ge=1, le=1024)
     block_size: Literal[8, 16, 32, 64, 128] = 16
     min_prompt_tokens: int = Field(default=64, ge=1)
@@ -93,16 +161,84 @@ class FastGenConfig(BaseModel):
     extra_special_tokens: tuple[str, ...] = ()
     debug: bool = Field(default_factory=lambda: os.environ.get("FASTGEN_DEBUG", "0") == "1")
 
+    @model_validator(mode="after")
+    def _check(self) -> FastGenConfig:
+        if self.method != "fastgen" and self.kv_budget is None:
+            raise ValueError(f"method {self.method!r} needs a kv_budget, for example 0.3")
+        if self.score_pooling is not None and self.score_pooling % 2 == 0:
+            raise ValueError(f"score_pooling {self.score_pooling} is even; take an odd number")
+        if self.frequent_score == "mean" and self.profiling.weighting != "uniform":
+            raise ValueError(
+                "frequent_score 'mean' goes with query_weighting 'uniform' only; "
+                "set that too, or take 'sum'"
+            )
+        return self
+
     @property
     def hybrids(self) -> tuple[Hybrid, ...]:
         """The ladder's hybrids, ending with ``full``."""
+        if self.method == "streaming":
+            return (Hybrid(local=self._ratio(1.0)), FULL)
+        if self.method == "h2o":
+            return (Hybrid(frequent=self._ratio(0.5), local=self._ratio(0.5)), FULL)
+        if self.method != "fastgen":
+            return (FULL,)
+        if self.ladder == "adaptive":
+            return ADAPTIVE_LADDER
         if self.ladder == "paper":
             return PAPER_LADDER
         return (*(h for h in self.ladder if not h.full), FULL)
 
+    def _ratio(self, share: float) -> float:
+        assert self.kv_budget is not None
+        return max(1, round(self.kv_budget * share * RATIO_UNIT)) / RATIO_UNIT
+
     @property
     def ladder_name(self) -> str:
-        return "paper" if self.ladder == "paper" else " -> ".join(h.name for h in self.hybrids)
+        if isinstance(self.ladder, str):
+            return self.ladder
+        return " -> ".join(h.name for h in self.hybrids)
+
+    @property
+    def goal(self) -> str:
+        """What a prompt is compressed to, for the log."""
+        if self.method != "fastgen":
+            return f"method {self.method}, kv_budget {self.kv_budget:g}"
+        if self.kv_budget is not None:
+            return f"kv_budget {self.kv_budget:g}, ladder {self.ladder_name}"
+        return f"recovery {self.recovery:.4g}, ladder {self.ladder_name}"
+
+    @property
+    def profiling(self) -> Profiling:
+        """The settings, with what suits the ladder or method where they are None."""
+        preset = Profiling("uniform", 64, 1, 1, 0, False)
+        if self.method in ("snapkv", "pyramidkv", "adakv"):
+            preset = Profiling("last", 32, 7, 1, 0, False)
+        elif self.method == "fastgen" and self.ladder == "adaptive":
+            preset = Profiling("recent", 32, 31, 64, 4, True)
+        given = {
+            "weighting": self.query_weighting,
+            "window": self.observation_window,
+            "pooling": self.score_pooling,
+            "least_window": self.least_window,
+            "num_sinks": self.num_sinks,
+            "value_weighting": self.value_weighting,
+        }
+        return replace(preset, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+
+    def check_override(self, override: RequestOverride) -> None:
+        """Raises:
+        FastGenConfigError: a goal of its own, where the engine runs a method whose goal is fixed.
+        """
+        goals = {
+            name: getattr(override, name) for name in ("fastgen_recovery", "fastgen_kv_budget")
+        }
+        for name, value in goals.items():
+            if value is not None and self.method != "fastgen":
+                raise FastGenConfigError(
+                    f"request.{name}: {value} cannot change method {self.method!r}, whose "
+                    "kv_budget is fixed at start-up; leave it out"
+                )
 
     @classmethod
     def from_dict(cls, settings: Any) -> FastGenConfig:
@@ -121,7 +257,9 @@ class FastGenConfig(BaseModel):
                 values[key] = tuple(values[key])
         if isinstance(values.get("ladder"), tuple):
             if not values["ladder"]:
-                raise FastGenConfigError('fastgen.ladder: an empty list; give hybrids or "paper"')
+                raise FastGenConfigError(
+                    'fastgen.ladder: an empty list; give hybrids, "adaptive" or "paper"'
+                )
             values["ladder"] = tuple(_hybrid(h, i) for i, h in enumerate(values["ladder"]))
         try:
             return cls(**values)
@@ -147,7 +285,14 @@ class RequestOverride(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     fastgen_recovery: float | None = Field(default=None, ge=0.0, le=1.0)
+    fastgen_kv_budget: float | None = Field(default=None, gt=0.0, le=1.0)
     fastgen_compress: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> RequestOverride:
+        if self.fastgen_recovery is not None and self.fastgen_kv_budget is not None:
+            raise ValueError("give fastgen_recovery or fastgen_kv_budget, not both")
+        return self
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestOverride:

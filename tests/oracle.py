@@ -22,25 +22,62 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 NEAR = 1e-5
-PAPER = [
-    {"special"},
-    {"special", "punctuation"},
-    {"special", "punctuation", "frequent"},
-    {"special", "punctuation", "frequent", "local"},
-    {"full"},
-]
-RATIO = Fraction(3, 10)
+PAGE = 16
+GRID = [Fraction(f, 100) for f in (0, 2, 5, 10, 15, 20, 30, 40, 50, 70)]
+
+
+@dataclass(frozen=True)
+class Rung:
+    components: frozenset[str]
+    frequent: Fraction = Fraction(0)
+    local: Fraction = Fraction(0)
+    least_window: int = 1
+
+    def window(self, count: int) -> int:
+        return min(count, max(self.least_window, math.ceil(self.local * count)))
+
+
+FULL = Rung(frozenset({"full"}))
+BOTH = frozenset({"special", "punctuation"})
+R = Fraction(3, 10)
+PAPER = [Rung(frozenset({"special"})), Rung(BOTH), Rung(BOTH, R), Rung(BOTH, R, R), FULL]
+ADAPTIVE = [
+    Rung(sticky, f, r, 64)
+    for sticky in (frozenset({"special"}), BOTH)
+    for f in GRID
+    for r in GRID
+    if f + r < 1
+] + [FULL]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``window`` 0 weighs all queries alike; else the ``d``-th before the end ``min(1, w/d)``."""
+
+    ladder: list[Rung]
+    window: int
+    pooling: int
+    sinks: int
+    by_value: bool
+
+
+SETTINGS = {
+    "paper": Settings(PAPER, 0, 1, 0, False),
+    "adaptive": Settings(ADAPTIVE, 32, 31, 4, True),
+}
 
 
 @dataclass
 class Trace:
     """What the engine did. ``kept[i]``: list over layers and heads of sets of positions, after
-    the prompt (``i = 0``) and after each decode step."""
+    the prompt (``i = 0``) and after each decode step. ``budget`` None: recovery ``threshold``."""
 
     prompt: list[int]
     output: list[int]
     policy: list[list[int]]
     kept: list[list[list[set[int]]]]
+    threshold: float
+    budget: float | None = None
 
 
 @dataclass
@@ -49,12 +86,9 @@ class Verdict:
     granted: int = 0
 
 
-def ceil_of(ratio: Fraction, count: int) -> int:
-    return math.ceil(ratio * count)
-
-
 class Oracle:
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, settings: Settings) -> None:
+        self.settings, self.ladder = settings, settings.ladder
         AttentionInterface.register("fastgen_oracle", self._attend)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -69,6 +103,7 @@ class Oracle:
                 self.special.add(index)
         self.visible: list[torch.Tensor] | None = None
         self.probs: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
 
     def _attend(
         self, module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any
@@ -84,6 +119,7 @@ class Oracle:
             causal = causal & seen[:, None]
         probs = scores.masked_fill(~causal, float("-inf")).softmax(-1)
         self.probs.append(probs[0])
+        self.norms.append(value[0, :: self.group].norm(dim=-1))
         return (probs @ value).transpose(1, 2).contiguous(), probs
 
     @functools.cache  # noqa: B019 - one oracle a session
@@ -93,88 +129,192 @@ class Oracle:
             return False
         return all(unicodedata.category(char)[0] == "P" for char in text)
 
-    def is_sticky(self, token: int, policy: set[str]) -> bool:
-        if "special" in policy and token in self.special:
+    def is_sticky(self, tokens: list[int], position: int, rung: Rung) -> bool:
+        token = tokens[position]
+        special = token in self.special or position < self.settings.sinks
+        if "special" in rung.components and special:
             return True
-        return "punctuation" in policy and self.is_punctuation(token)
+        return "punctuation" in rung.components and self.is_punctuation(token)
 
     @torch.no_grad()
     def forward(self, tokens: list[int], past: Any) -> tuple[torch.Tensor, Any]:
-        self.probs = []
+        self.probs, self.norms = [], []
         out = self.model(torch.tensor([tokens]), past_key_values=past, use_cache=True)
         return out.logits[0, -1], out.past_key_values
 
     @torch.no_grad()
-    def replay(self, traces: dict[float, Trace]) -> dict[float, Verdict]:
-        """Check the traces of one prompt, by recovery threshold."""
-        prompt = next(iter(traces.values())).prompt
+    def replay(self, traces: list[Trace]) -> list[Verdict]:
+        """Check the traces of one prompt."""
+        prompt = traces[0].prompt
         self.visible = None
         logits, past = self.forward(prompt, None)
         attention = [p.view(self.heads, self.group, *p.shape[1:]) for p in self.probs]
-        verdicts = {}
-        for threshold, trace in traces.items():
-            verdict = verdicts[threshold] = Verdict()
+        scores = [[self._scores(head) for head in layer] for layer in attention]
+        weighed = [
+            [self._weigh(head, norm) for head, norm in zip(layer, norms, strict=True)]
+            for layer, norms in zip(attention, self.norms, strict=True)
+        ]
+        found = [
+            [self._evaluate(prompt, *each) for each in zip(*layer, strict=True)]
+            for layer in zip(weighed, scores, strict=True)
+        ]
+        verdicts = []
+        for trace in traces:
+            verdict = Verdict()
             assert trace.prompt == prompt
-            rungs, kept, scores = self._after_prompt(threshold, trace, attention, verdict)
-            self._decode(trace, rungs, kept, scores, logits, copy.deepcopy(past), verdict)
+            if trace.budget is None:
+                rungs = self._cheapest(trace, found, verdict)
+            else:
+                rungs = trace.policy
+                self._check_budget(trace, found, verdict)
+            kept = self._check_prompt(trace, rungs, found, weighed, scores, verdict)
+            own = [
+                [
+                    s if self.ladder[r].frequent else np.zeros_like(s)
+                    for r, s in zip(*pair, strict=True)
+                ]
+                for pair in zip(rungs, scores, strict=True)
+            ]
+            self._decode(trace, rungs, kept, own, logits, copy.deepcopy(past), verdict)
+            verdicts.append(verdict)
         return verdicts
 
-    def _after_prompt(
-        self, threshold: float, trace: Trace, attention: list[torch.Tensor], verdict: Verdict
-    ) -> tuple[list[list[int]], list[list[set[int]]], list[list[np.ndarray]]]:
-        n = len(trace.prompt)
+    def _weights(self, n: int) -> torch.Tensor:
+        window = self.settings.window
+        return torch.tensor([min(1.0, window / (n - q)) if window else 1.0 for q in range(n)])
+
+    def _scores(self, attention: torch.Tensor) -> np.ndarray:
+        """Weighed column sums of ``[G, n, n]``, each key taking its neighbourhood's best."""
+        n, half = attention.shape[-1], self.settings.pooling // 2
+        column = (attention * self._weights(n)[:, None]).sum((0, 1)).double().numpy()
+        return np.array([column[max(0, k - half) : k + half + 1].max() for k in range(n)])
+
+    def _weigh(self, attention: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        """``[n, n]``, the group's attention as shares of a whole, weighed by query and value."""
+        weighed = (attention * self._weights(attention.shape[-1])[:, None]).double().sum(0)
+        if self.settings.by_value:
+            weighed = weighed * norms.double()
+        return weighed / weighed.sum()
+
+    def _evaluate(
+        self, prompt: list[int], weighed: torch.Tensor, score: np.ndarray
+    ) -> list[tuple[int, float]]:
+        """Pages and recovery of every rung of one head."""
+        n = len(prompt)
         distance = torch.arange(n)[:, None] - torch.arange(n)
+        total = weighed.sum(0).numpy()
+        near = {
+            w: weighed.masked_fill(distance >= w, 0.0).sum(0).numpy()
+            for w in {rung.window(n) for rung in self.ladder if rung is not FULL}
+        }
+        found = []
+        for rung in self.ladder:
+            end, always, window = self._end_of_prompt(prompt, rung, score)
+            if rung is FULL:
+                found.append((-(-n // PAGE), 1.0))
+                continue
+            recovery = near[window].sum() + (total - near[window])[sorted(always)].sum()
+            found.append((-(-len(end) // PAGE), float(recovery)))
+        return found
+
+    def _cheapest(self, trace: Trace, found: Any, verdict: Verdict) -> list[list[int]]:
+        """Fewest pages that reach the threshold; then full; then most recovery; then the first."""
         rungs: list[list[int]] = []
-        kept: list[list[set[int]]] = []
-        scores: list[list[np.ndarray]] = []
         for layer in range(self.layers):
             rungs.append([])
-            kept.append([])
-            scores.append([])
             for head in range(self.heads):
-                group = attention[layer][head]
-                column = group.sum(dim=(0, 1)).double().numpy()
-                recoveries, keeps = [], []
-                for policy in PAPER:
-                    end, always, window = self._end_of_prompt(trace.prompt, policy, column)
-                    mask = torch.zeros(n, dtype=torch.bool)
-                    mask[sorted(always)] = True
-                    recovered = group.masked_fill(~(mask | (distance < window)), 0.0)
-                    recoveries.append(float(recovered.double().sum(-1).mean()))
-                    keeps.append(end)
-                able = [i for i, r in enumerate(recoveries) if r >= threshold]
-                rung = min(able, key=lambda i: (len(keeps[i]), i))
+                each = found[layer][head]
+                able = [i for i, (_, r) in enumerate(each) if r >= trace.threshold]
+                last = len(each) - 1
+                able = sorted({*able, last})
+                rung = min(able, key=lambda i: (each[i][0], i != last, -each[i][1], i))
                 theirs = trace.policy[layer][head]
-                where = f"layer {layer} head {head}"
                 if rung != theirs:
-                    if min(abs(recoveries[i] - threshold) for i in (rung, theirs)) < NEAR:
+                    near_threshold = min(abs(each[i][1] - trace.threshold) for i in (rung, theirs))
+                    same_pages = each[rung][0] == each[theirs][0]
+                    if near_threshold < NEAR or (
+                        same_pages and abs(each[rung][1] - each[theirs][1]) < NEAR
+                    ):
                         verdict.granted += 1
                         rung = theirs
                     else:
+                        where = f"layer {layer} head {head}"
                         verdict.mismatches.append(f"{where}: policy {theirs}, oracle {rung}")
-                ours = self._compare(
-                    keeps[rung], trace.kept[0][layer][head], column, f"{where} prompt", verdict
-                )
-                frequent = "frequent" in PAPER[rung]
                 rungs[-1].append(rung)
-                kept[-1].append(set(ours))
-                scores[-1].append(column if frequent else np.zeros(n))
-        return rungs, kept, scores
+        return rungs
+
+    def _check_budget(self, trace: Trace, found: Any, verdict: Verdict) -> None:
+        """Within the budget, and no single step up that still fits would recover more; and at
+        least what the steepest steps of every head's concave hull, taken while they fit, recover.
+        """
+        heads = [each for layer in found for each in layer]
+        taken = [rung for layer in trace.policy for rung in layer]
+        assert trace.budget is not None
+        room = int(trace.budget * heads[0][-1][0] * len(heads))
+        used = sum(each[i][0] for each, i in zip(heads, taken, strict=True))
+        if used > room:
+            verdict.mismatches.append(f"{used} pages of {room}")
+        steps, recovered = [], 0.0
+        for each in heads:
+            at = max(each, key=lambda c: (-c[0], c[1]))
+            recovered, room = recovered + at[1], room - at[0]
+            while True:
+                up = [c for c in each if c[0] > at[0] and c[1] > at[1]]
+                if not up:
+                    break
+                best = max(up, key=lambda c: (c[1] - at[1]) / (c[0] - at[0]))
+                steps.append(((best[1] - at[1]) / (best[0] - at[0]), best[0] - at[0]))
+                at = best
+        for slope, pages in sorted(steps, reverse=True):
+            if pages > room:
+                break
+            recovered, room = recovered + slope * pages, room - pages
+        got = sum(each[i][1] for each, i in zip(heads, taken, strict=True))
+        if got < recovered - NEAR * len(heads):
+            verdict.mismatches.append(f"recovery {got} in all, the hulls' steps give {recovered}")
+
+    def _check_prompt(
+        self,
+        trace: Trace,
+        rungs: list[list[int]],
+        found: Any,
+        weighed: list[list[torch.Tensor]],
+        scores: list[list[np.ndarray]],
+        verdict: Verdict,
+    ) -> list[list[set[int]]]:
+        """Kept keys after the prompt; and the chosen rungs' recoveries by an explicit mask."""
+        n = len(trace.prompt)
+        distance = torch.arange(n)[:, None] - torch.arange(n)
+        kept: list[list[set[int]]] = []
+        for layer in range(self.layers):
+            kept.append([])
+            for head in range(self.heads):
+                rung, score = self.ladder[rungs[layer][head]], scores[layer][head]
+                where = f"layer {layer} head {head} prompt"
+                end, always, window = self._end_of_prompt(trace.prompt, rung, score)
+                seen = distance < window
+                seen[:, sorted(always)] = True
+                recovery = float(weighed[layer][head].masked_fill(~seen, 0.0).sum())
+                if abs(recovery - found[layer][head][rungs[layer][head]][1]) > NEAR:
+                    verdict.mismatches.append(f"{where}: recovery {recovery} by the mask")
+                theirs = trace.kept[0][layer][head]
+                kept[-1].append(set(self._compare(end, theirs, score, where, verdict)))
+        return kept
 
     def _end_of_prompt(
-        self, prompt: list[int], policy: set[str], column: np.ndarray
+        self, prompt: list[int], rung: Rung, score: np.ndarray
     ) -> tuple[set[int], set[int], int]:
         """Kept keys at the end, keys always visible, and the window."""
         n = len(prompt)
-        if "full" in policy:
+        if rung is FULL:
             return set(range(n)), set(range(n)), n
-        window = max(1, ceil_of(RATIO, n)) if "local" in policy else 1
-        always = {p for p in range(n) if self.is_sticky(prompt[p], policy)}
+        window = rung.window(n)
+        always = {p for p in range(n) if self.is_sticky(prompt, p, rung)}
         recent = set(range(n - window, n))
-        if "frequent" in policy:
+        if rung.frequent:
             rest = [p for p in range(n) if p not in always and p not in recent]
-            rest.sort(key=lambda p: (-column[p], p))
-            always |= set(rest[: ceil_of(RATIO, n)])
+            rest.sort(key=lambda p: (-score[p], p))
+            always |= set(rest[: math.ceil(rung.frequent * n)])
         return always | recent, always, window
 
     def _compare(
@@ -218,9 +358,9 @@ class Oracle:
             for layer in range(self.layers):
                 seen = torch.zeros(self.heads, len(tokens), dtype=torch.bool)
                 for head in range(self.heads):
-                    policy = PAPER[rungs[layer][head]]
+                    rung = self.ladder[rungs[layer][head]]
                     score = scores[layer][head] = np.append(scores[layer][head], 0.0)
-                    ours = self._evict(tokens, policy, kept[layer][head], score)
+                    ours = self._evict(tokens, rung, kept[layer][head], score)
                     theirs = trace.kept[step + 1][layer][head]
                     where = f"step {step} layer {layer} head {head}"
                     ours = self._compare(ours, theirs, score, where, verdict)
@@ -231,21 +371,17 @@ class Oracle:
             for layer in range(self.layers):
                 probs = self.probs[layer].view(self.heads, self.group, -1).sum(1).double().numpy()
                 for head in range(self.heads):
-                    if "frequent" in PAPER[rungs[layer][head]]:
+                    if self.ladder[rungs[layer][head]].frequent:
                         scores[layer][head] += probs[head]
 
-    def _evict(
-        self, tokens: list[int], policy: set[str], kept: set[int], score: np.ndarray
-    ) -> set[int]:
+    def _evict(self, tokens: list[int], rung: Rung, kept: set[int], score: np.ndarray) -> set[int]:
         t = len(tokens)
         kept = kept | {t - 1}
-        if "full" in policy:
+        if rung is FULL:
             return kept
-        sticky = {p for p in kept if self.is_sticky(tokens[p], policy)}
-        window = max(1, ceil_of(RATIO, t)) if "local" in policy else 1
-        budget = len(sticky) + window
-        if "frequent" in policy:
-            budget += ceil_of(RATIO, t)
+        sticky = {p for p in kept if self.is_sticky(tokens, p, rung)}
+        window = rung.window(t)
+        budget = len(sticky) + window + math.ceil(rung.frequent * t)
         if len(kept) > budget:
             candidates = [p for p in kept - sticky if p < t - window]
             kept = kept - {min(candidates, key=lambda p: (score[p], p))}

@@ -28,7 +28,12 @@ class PoolLife(RuleBasedStateMachine):
         super().__init__()
         flags = TokenFlags(torch.arange(VOCAB) < 3, torch.arange(VOCAB) % 7 == 5)
         config = FastGenConfig(
-            recovery=0.6, min_prompt_tokens=2, block_size=BLOCK, debug=True, frequent_score="mean"
+            ladder="paper",
+            recovery=0.6,
+            min_prompt_tokens=2,
+            block_size=BLOCK,
+            debug=True,
+            frequent_score="mean",
         )
         kv = torch.full((BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE), float("nan"))
         self.runtime = Runtime(config, flags, kv, GROUP)

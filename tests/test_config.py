@@ -8,12 +8,18 @@ from fastgen_vllm.config import FastGenConfig, FastGenConfigError, Hybrid, Reque
     [
         ({"recovery": 1.2}, r"fastgen\.recovery: got 1\.2.*less than or equal to 1"),
         ({"recovery": "high"}, r"fastgen\.recovery: got 'high'"),
-        ({"recover": 0.9}, r"fastgen\.recover: unknown key; known keys: recovery, ladder"),
+        ({"recover": 0.9}, r"fastgen\.recover: unknown key; known keys: recovery, kv_budget"),
+        ({"kv_budget": 0.0}, r"fastgen\.kv_budget: got 0\.0.*greater than 0"),
+        ({"kv_budget": 1.5}, r"fastgen\.kv_budget: got 1\.5.*less than or equal to 1"),
+        ({"method": "h3o", "kv_budget": 0.3}, r"fastgen\.method: got 'h3o'.*'snapkv'"),
+        ({"method": "h2o"}, "method 'h2o' needs a kv_budget"),
+        ({"score_pooling": 4}, "score_pooling 4 is even"),
+        ({"frequent_score": "mean"}, "'mean' goes with query_weighting 'uniform'"),
         ({"query_sampling": 0}, r"fastgen\.query_sampling: got 0.*greater than or equal to 1"),
         ({"block_size": 24}, r"fastgen\.block_size: got 24.*8, 16, 32, 64 or 128"),
         ({"group_reduction": "max"}, r"fastgen\.group_reduction: got 'max'.*'mean' or 'min'"),
         ({"ladder": []}, "empty list"),
-        ({"ladder": "adaptive"}, r"fastgen\.ladder.*'paper'"),
+        ({"ladder": "greedy"}, r"fastgen\.ladder.*'adaptive' or 'paper'"),
         ({"ladder": [{"frequent": 1.5}]}, r"fastgen\.ladder\[0\]\.frequent: got 1\.5"),
         ({"ladder": [{"frequent": 0.00001}]}, "multiple of 0.0001"),
         ({"ladder": [{}]}, "at least one component"),
@@ -45,3 +51,19 @@ def test_override_ignores_other_keys() -> None:
     assert override.fastgen_recovery == 0.8
     with pytest.raises(FastGenConfigError, match=r"fastgen_recovery: got -1"):
         RequestOverride.from_extra_args({"fastgen_recovery": -1.0})
+    with pytest.raises(FastGenConfigError, match="not both"):
+        RequestOverride.from_extra_args({"fastgen_recovery": 0.9, "fastgen_kv_budget": 0.3})
+
+
+def test_override_of_a_fixed_method_is_refused() -> None:
+    config = FastGenConfig(method="h2o", kv_budget=0.3)
+    config.check_override(RequestOverride(fastgen_compress=False))
+    with pytest.raises(FastGenConfigError, match=r"fastgen_kv_budget: 0\.2 .*'h2o'"):
+        config.check_override(RequestOverride(fastgen_kv_budget=0.2))
+
+
+def test_adaptive_ladder_is_a_grid_below_one() -> None:
+    hybrids = FastGenConfig().hybrids
+    assert hybrids[-1].full and len(set(hybrids)) == len(hybrids)
+    assert all(h.frequent + h.local < 1 and h.special for h in hybrids[:-1])
+    assert {h.kind for h in hybrids} >= {"special", "special+punctuation+frequent+local", "full"}

@@ -239,6 +239,7 @@ def test_plan_decode(kernels: Kernels, block_size: int, mean: bool) -> None:
         torch.tensor([False, False, False, False, True]),
         torch.tensor([0, 500, 300, 0, 0]),
         torch.tensor([0, 0, 300, 700, 0]),
+        torch.tensor([1, 12, 1, 20, 1]),
     ]
     ours, evictions = Tables.random(5, block_size, 5), 0
     wanted = copy.deepcopy(ours)
@@ -274,6 +275,7 @@ def test_plan_decode_says_who_is_short_of_pages(kernels: Kernels) -> None:
     tables = Tables.random(2, 16, 1)
     tables.num_free[:] = 3
     ladder = [torch.tensor([x]) for x in (False, False, True)] + [torch.tensor([0])] * 2
+    ladder += [torch.tensor([1])]
     state = [getattr(tables, f.name) for f in fields(Tables)]
     none = torch.zeros(2, dtype=torch.bool)
     slots = torch.zeros(2, 2, 2, dtype=torch.int64)

@@ -177,7 +177,7 @@ int64_t plan_decode(const Tensor& rows, const Tensor& num_tokens, const Tensor& 
                     const Tensor& page_table, const Tensor& lengths, const Tensor& num_sticky,
                     const Tensor& policy, const Tensor& free_pages, const Tensor& num_free,
                     const Tensor& positions, const Tensor& scores, const Tensor& slots) {
-  TORCH_CHECK(ladder.size() == 5, "fastgen: the ladder has five columns");
+  TORCH_CHECK(ladder.size() == 6, "fastgen: the ladder has six columns");
   PlanDecode a;
   a.num_requests = rows.size(0);
   a.num_layers = lengths.size(1);
@@ -199,6 +199,7 @@ int64_t plan_decode(const Tensor& rows, const Tensor& num_tokens, const Tensor& 
   a.ladder_full = contiguous<bool>(ladder[2], "full");
   a.ladder_frequent = contiguous<int64_t>(ladder[3], "frequent");
   a.ladder_local = contiguous<int64_t>(ladder[4], "local");
+  a.ladder_least_window = contiguous<int64_t>(ladder[5], "least_window");
   a.num_tokens = contiguous<int64_t>(num_tokens, "num_tokens");
   a.special = contiguous<bool>(special, "special");
   a.punctuation = contiguous<bool>(punctuation, "punctuation");

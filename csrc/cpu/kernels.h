@@ -74,7 +74,7 @@ struct PlanDecode {
   float* scores;
   // The ladder's columns.
   const bool *ladder_special, *ladder_punctuation, *ladder_full;
-  const int64_t *ladder_frequent, *ladder_local;
+  const int64_t *ladder_frequent, *ladder_local, *ladder_least_window;
   const int64_t* num_tokens;  // [num_requests]
   const bool *special, *punctuation;
   bool mean;

@@ -59,7 +59,7 @@ static void plan_heads(void* context, int64_t i) {
     bool sticky = (a.special[request] && a.ladder_special[policy]) ||
                   (a.punctuation[request] && a.ladder_punctuation[policy]);
     a.num_sticky[at] += sticky;
-    int64_t window = higher(1, ceil_ratio(a.ladder_local[policy], t));
+    int64_t window = higher(a.ladder_least_window[policy], ceil_ratio(a.ladder_local[policy], t));
     int64_t budget = a.num_sticky[at] + ceil_ratio(a.ladder_frequent[policy], t) + window;
     int64_t& slot = a.slots[request * heads + head];
     slot = -1;  // appends

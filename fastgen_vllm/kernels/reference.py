@@ -210,14 +210,14 @@ def plan_decode(
         the index of a request that owns too few free pages, or -1.
     """
     block_size = positions.shape[1]
-    ladder_special, ladder_punctuation, full, frequent, local = ladder
+    ladder_special, ladder_punctuation, full, frequent, local, least_window = ladder
     choice, length = policy[rows], lengths[rows].long()
     t = num_tokens[:, None, None]
     sticky = (special[:, None, None] & ladder_special[choice]) | (
         punctuation[:, None, None] & ladder_punctuation[choice]
     )
     total_sticky = num_sticky[rows] + sticky
-    window = ceil_ratio(local[choice], t).clamp(min=1)
+    window = torch.maximum(ceil_ratio(local[choice], t), least_window[choice])
     budget = total_sticky + ceil_ratio(frequent[choice], t) + window
     evicts = ~full[choice] & (length >= budget)
 

@@ -29,10 +29,9 @@ class FastGenScheduler(Scheduler):
         config = fastgen_config(self.vllm_config)
         self.debug = config.debug
         logger.info(
-            "FASTGEN: recovery %.4g, ladder %s, %d head pages of %d tokens per block, "
+            "FASTGEN: %s, %d head pages of %d tokens per block, "
             "prompts from %d tokens are compressed",
-            config.recovery,
-            config.ladder_name,
+            config.goal,
             manager.pages_per_block,
             config.block_size,
             config.min_prompt_tokens,

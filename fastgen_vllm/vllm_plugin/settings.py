@@ -17,8 +17,8 @@ logger = init_logger("vllm.fastgen")
 SCHEDULER = "fastgen_vllm.vllm_plugin.scheduler.FastGenScheduler"
 CPU_WORKER = "fastgen_vllm.vllm_plugin.worker.FastGenCPUWorker"
 
-_active = False
-"""Whether an engine of this process chose FASTGEN, which request validation is not told."""
+_active: FastGenConfig | None = None
+"""Settings of this process's engine that chose FASTGEN, which request validation is not told."""
 
 
 def is_fastgen(backend: Any) -> bool:
@@ -54,8 +54,7 @@ def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
         original(vllm_config)
         return
     global _active
-    _active = True
-    config = fastgen_config(vllm_config)
+    config = _active = fastgen_config(vllm_config)
     problems = _unsupported(vllm_config)
     if problems:
         raise FastGenConfigError(
@@ -156,8 +155,9 @@ def select_backend(
 def validate_request(original: Callable[..., None], processed_inputs: Any, params: Any) -> None:
     """Wraps ``Platform.validate_request``: a wrong override is the request's error, not ours."""
     original(processed_inputs, params)
-    if _active:
+    if _active is not None:
         try:
-            RequestOverride.from_extra_args(getattr(params, "extra_args", None))
+            override = RequestOverride.from_extra_args(getattr(params, "extra_args", None))
+            _active.check_override(override)
         except FastGenConfigError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
