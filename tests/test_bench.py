@@ -19,6 +19,7 @@ from fastgen_vllm.tools.bench import Plan, Scenario, chart, markdown, run_bench
         (["--settings", '{"laddr": 1}'], "unknown key"),
         (["--settings", "{"], "Expecting"),
         (["--rounds", "0"], "rounds"),
+        (["--dtype", "fp8"], "bfloat16"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:
@@ -30,7 +31,7 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
 @pytest.mark.engine
 def test_tiny_bench(model: str, tmp_path: Path) -> None:
     plan = Plan((Scenario("two", 100, 2, 8),), (Scenario("eight", 256, 8, 8),), rounds=1)
-    results = run_bench(model, plan, (1.0, 0.8), {"kernels": "native"}, quick=True)
+    results = run_bench(model, plan, (1.0, 0.8), {"kernels": "native"}, "bfloat16", quick=True)
     (two,), (eight,) = (results[group]["scenarios"] for group in ("ample", "scarce"))
     for scenario in (two, eight):
         assert list(scenario["variants"]) == ["stock", "FastGen 1", "FastGen 0.8"]

@@ -107,6 +107,40 @@ def test_bad_arguments(model: str, arguments: list[str], message: str) -> None:
     assert message in result.output
 
 
+TASK = """
+task: local_capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}} Question: what is the capital of {{country}}? Answer:"
+doc_to_target: "{{capital}}"
+generation_kwargs: {until: ["."], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.engine
+def test_lm_eval_task(model: str, tmp_path: Path) -> None:
+    """A small task of the user's own, through lm-eval's vLLM model, in both engines."""
+    pairs = [("France", "Paris"), ("Korea", "Seoul"), ("Italy", "Rome")]
+    rows = [
+        {"text": english(900, "types"), "country": country, "capital": f" {capital}"}
+        for country, capital in pairs
+    ]
+    data = tmp_path / "capitals.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "local.yaml").write_text(TASK.replace("DATA", str(data)))
+    out = tmp_path / "out.json"
+    arguments = ["eval", model, "--lm-eval", "local_capitals", "--lm-eval-path", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, "--json", str(out)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert set(found) == {"stock", "FastGen"}
+    for engine_results in found.values():
+        assert 0 <= engine_results["local_capitals"]["exact_match,none"] <= 1
+
+
 @pytest.mark.engine
 def test_profile_shows_korean(model: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(KOREAN)

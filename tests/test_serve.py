@@ -49,7 +49,7 @@ def client(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ope
                 time.sleep(1)
         else:
             raise AssertionError(log.read_text()[-4000:])
-        assert log.read_text().count("FASTGEN: recovery 0.9, ladder paper") == 1
+        assert log.read_text().count("FASTGEN: recovery 0.9, ladder adaptive") == 1
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) is not None

@@ -70,7 +70,12 @@ QUICK_PLAN = Plan(
 
 
 def run_bench(
-    model: str, plan: Plan, recoveries: tuple[float, ...], settings: dict[str, Any], quick: bool
+    model: str,
+    plan: Plan,
+    recoveries: tuple[float, ...],
+    settings: dict[str, Any],
+    dtype: str,
+    quick: bool,
 ) -> dict[str, Any]:
     """Everything, as one JSON object."""
     from transformers import AutoTokenizer
@@ -78,7 +83,8 @@ def run_bench(
     config = json.loads((Path(model) / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_size = config.get("head_dim") or config["hidden_size"] // heads
-    token_bytes = config["num_hidden_layers"] * kv_heads * head_size * 2 * 2
+    size = getattr(torch, dtype).itemsize
+    token_bytes = config["num_hidden_layers"] * kv_heads * head_size * 2 * size
     text = AutoTokenizer.from_pretrained(model).encode(natural_text())
     variants = [Variant("stock", "stock")]
     variants += [Variant(f"FastGen {r:g}", "fastgen", r) for r in recoveries]
@@ -87,6 +93,7 @@ def run_bench(
         "machine": machine(),
         "model": Path(model).name,
         "settings": settings,
+        "dtype": dtype,
         "rounds": plan.rounds,
         "kv_bytes_per_token": token_bytes,
     }
@@ -97,7 +104,7 @@ def run_bench(
             load = max(s.num_requests * (s.prompt_tokens + s.max_tokens + 128) for s in scenarios)
             kv_bytes = int(share * load * token_bytes)
             longest = max(s.prompt_tokens + s.max_tokens for s in scenarios)
-            with engines(model, kv_bytes, longest, settings, recoveries[0]) as running:
+            with engines(model, kv_bytes, longest, settings, recoveries[0], dtype) as running:
                 total = len(scenarios) * plan.rounds * len(variants)
                 task = progress.add_task(f"{group} KV memory, {kv_bytes >> 20} MiB", total=total)
                 results[group] = {"kv_bytes": kv_bytes, "scenarios": []}
@@ -116,7 +123,7 @@ def run_bench(
                     results[group]["scenarios"].append(summary(scenario, runs))
         task = progress.add_task("kernels", total=1)
         shape = ModelShape(kv_heads, heads // kv_heads, head_size)
-        results["micro"] = kernel_figures(shape, quick)
+        results["micro"] = kernel_figures(shape, getattr(torch, dtype), quick)
         progress.advance(task)
     return results
 
@@ -135,12 +142,17 @@ def machine() -> str:
 
 @contextmanager
 def engines(
-    model: str, kv_bytes: int, max_model_len: int, settings: dict[str, Any], recovery: float
+    model: str,
+    kv_bytes: int,
+    max_model_len: int,
+    settings: dict[str, Any],
+    recovery: float,
+    dtype: str,
 ) -> Iterator[dict[str, BenchEngine]]:
     """Stock and FastGen, started together, with the same options and KV bytes."""
     options = {
         "model": model,
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "max_num_seqs": 16,
         "max_num_batched_tokens": 2048,
         "enforce_eager": True,
@@ -210,7 +222,8 @@ def summary(scenario: Scenario, runs: dict[str, list[dict[str, Any]]]) -> dict[s
 def markdown(results: dict[str, Any]) -> str:
     """The tables of ``docs/results/cpu.md``."""
     lines = [
-        f"{results['model']}, bf16, eager, {results['machine']}, {results['date']}; medians of "
+        f"{results['model']}, {results['dtype']}, eager, {results['machine']}, "
+        f"{results['date']}; medians of "
         f"{results['rounds']} rounds, engines taking turns. `x` is the ratio to stock.",
         "",
     ]
@@ -242,7 +255,7 @@ def markdown(results: dict[str, Any]) -> str:
     micro = results["micro"]
     lines += [
         f"### Kernels (one layer; the machine reads {micro['read_bandwidth_gb_s']:.1f} GB/s and "
-        f"multiplies {micro['matmul_gflop_s']:.0f} GFLOP/s in bf16)",
+        f"multiplies {micro['matmul_gflop_s']:.0f} GFLOP/s)",
         "",
         "| kernel | ms | rate | of the machine's |",
         "|---|---|---|---|",

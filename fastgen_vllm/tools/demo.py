@@ -16,6 +16,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from fastgen_vllm.config import FastGenConfig
+
 KV_TOKENS = 2560
 """Room for between four and five requests of the demo."""
 PROMPT_CHARS = 2300
@@ -139,7 +141,7 @@ def main() -> None:
         "model": Path(args.model).name,
         "vllm_version": vllm_version(),
         "recovery": args.recovery,
-        "ladder": "paper",
+        "ladder": FastGenConfig().ladder_name,
         "kv_kept_ratio": sum(kept) / len(kept),
         "kv_bytes": KV_TOKENS * kv_bytes_per_token(args.model),
         "max_running_stock": stock["max_running"],

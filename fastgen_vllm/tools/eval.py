@@ -19,10 +19,10 @@ from fastgen_vllm.tools.eval_tasks import Load, items, run
 from fastgen_vllm.tools.lab import Lab, Variant
 
 PEER_METHODS = ("streaming", "h2o", "snapkv", "pyramidkv", "adakv", "random")
-FULL_LOAD = Load((1024, 2048), continuations=8, retrievals=4, agreements=4)
+FULL_LOAD = Load((1024, 2048), continuations=6, retrievals=3, agreements=4)
 QUICK_LOAD = Load((1024,), continuations=4, retrievals=2, agreements=2, num_tokens=32)
-BUDGETS, QUICK_BUDGETS = (0.2, 0.3, 0.4, 0.55, 0.7), (0.2, 0.4)
-RECOVERIES, QUICK_RECOVERIES = (0.8, 0.85, 0.9, 0.95, 0.98), (0.9, 0.95)
+BUDGETS, QUICK_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.7), (0.2, 0.4)
+RECOVERIES, QUICK_RECOVERIES = (0.8, 0.9, 0.95, 0.98), (0.9, 0.95)
 
 
 def variants(

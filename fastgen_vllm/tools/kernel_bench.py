@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from fastgen_vllm.config import ADAPTIVE_LADDER
 from fastgen_vllm.kernels import cpu
+from fastgen_vllm.policy import Ladder
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def read_bandwidth(num_bytes: int = 1 << 29) -> float:
     return num_bytes / best_seconds(data.sum) / 1e9
 
 
-def decode_figures(shape: ModelShape, num_requests: int, slots: int) -> list[KernelFigure]:
+def decode_figures(
+    shape: ModelShape, dtype: torch.dtype, num_requests: int, slots: int
+) -> list[KernelFigure]:
     """Decode attention over scattered pages, with and without scores, and its bookkeeping.
 
     Layers follow each other as in a model, so that no layer finds its pages in the CPU's cache.
@@ -57,7 +61,7 @@ def decode_figures(shape: ModelShape, num_requests: int, slots: int) -> list[Ker
     heads, D = shape.num_kv_heads, shape.head_size
     pages_each = slots // block
     num_pages = num_requests * layers * heads * pages_each + 1
-    pages = torch.empty((num_pages, block, 2 * D), dtype=torch.bfloat16).normal_()
+    pages = torch.empty((num_pages, block, 2 * D), dtype=dtype).normal_()
     cpu.use_huge_pages(pages)
     positions = torch.zeros((num_pages, block), dtype=torch.int32)
     scores = torch.zeros((num_pages, block))
@@ -65,7 +69,7 @@ def decode_figures(shape: ModelShape, num_requests: int, slots: int) -> list[Ker
     table = table.view(num_requests, layers, heads, pages_each)
     lengths = torch.full((num_requests, layers, heads), slots, dtype=torch.int32)
     rows = torch.arange(num_requests)
-    query = torch.randn(num_requests, heads, shape.group_size, D).bfloat16()
+    query = torch.randn(num_requests, heads, shape.group_size, D).to(dtype)
     output = torch.empty_like(query)
     figures = []
     for keeps in (False, True):
@@ -88,19 +92,19 @@ def decode_figures(shape: ModelShape, num_requests: int, slots: int) -> list[Ker
 
         seconds = best_seconds(run)
         # K and V, positions, and scores read and written.
-        moved = lengths.numel() * slots * (2 * D * 2 + 4 + (8 if keeps else 0))
+        moved = lengths.numel() * slots * (2 * D * dtype.itemsize + 4 + (8 if keeps else 0))
         name = "decode attention" + (", with scores" if keeps else "")
         figures.append(KernelFigure(name, seconds / layers * 1e3, moved / seconds / 1e9, "GB/s"))
     return figures
 
 
-def prefill_figures(shape: ModelShape, num_tokens: int) -> list[KernelFigure]:
+def prefill_figures(shape: ModelShape, dtype: torch.dtype, num_tokens: int) -> list[KernelFigure]:
     """Prefill attention and the profiling pass over one prompt."""
     heads, group, D, block = shape.num_kv_heads, shape.group_size, shape.head_size, 16
     blocks = -(-num_tokens // block)
-    pages = torch.empty((heads * blocks, block, 2 * D), dtype=torch.bfloat16).normal_()
+    pages = torch.empty((heads * blocks, block, 2 * D), dtype=dtype).normal_()
     table = torch.arange(heads * blocks).view(heads, blocks)
-    query = torch.randn(num_tokens, heads, group, D).bfloat16()
+    query = torch.randn(num_tokens, heads, group, D).to(dtype)
     output = torch.empty_like(query)
     lse = torch.empty(0)
 
@@ -108,8 +112,9 @@ def prefill_figures(shape: ModelShape, num_tokens: int) -> list[KernelFigure]:
         nonlocal lse
         lse = cpu.prefill_attention(query, pages, table, num_tokens, 0.1, output)
 
-    bounds = torch.tensor([1, num_tokens // 3])
-    mass = torch.zeros(heads, 1, num_tokens, 3)
+    ladder = Ladder.from_hybrids(ADAPTIVE_LADDER, least_window=64)
+    bounds = torch.tensor(ladder.windows(num_tokens))
+    mass = torch.zeros(heads, 1, num_tokens, len(bounds) + 1)
 
     def profile() -> None:
         cpu.attention_mass(query, pages, table, num_tokens, lse, 0, 1, bounds, 0.1, mass)
@@ -123,26 +128,26 @@ def prefill_figures(shape: ModelShape, num_tokens: int) -> list[KernelFigure]:
     return figures
 
 
-def matmul_rate() -> float:
-    """GFLOP/s of a large bf16 matrix product."""
-    a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+def matmul_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a large matrix product."""
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
     return 2 * 2048**3 / best_seconds(lambda: a @ b.T) / 1e9
 
 
-def kernel_figures(shape: ModelShape, quick: bool) -> dict[str, Any]:
+def kernel_figures(shape: ModelShape, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
     """All of it.
 
     Raises:
         RuntimeError: the native kernels cannot run here.
     """
-    problem = cpu.problem(shape.head_size, torch.bfloat16)
+    problem = cpu.problem(shape.head_size, dtype)
     if problem:
         raise RuntimeError(f"no native kernels to measure: {problem}")
     bandwidth = read_bandwidth()
-    figures = decode_figures(shape, 16, 512 if quick else 2048)
-    figures += prefill_figures(shape, 1024 if quick else 2048)
+    figures = decode_figures(shape, dtype, 16, 512 if quick else 2048)
+    figures += prefill_figures(shape, dtype, 1024 if quick else 2048)
     return {
         "read_bandwidth_gb_s": bandwidth,
-        "matmul_gflop_s": matmul_rate(),
+        "matmul_gflop_s": matmul_rate(dtype),
         "kernels": [asdict(figure) for figure in figures],
     }
