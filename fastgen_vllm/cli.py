@@ -67,6 +67,7 @@ def evaluate(
     ] = None,
     lm_eval_path: Annotated[Path | None, typer.Option(help="Folder of your own tasks.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each such task.")] = None,
+    engine_args: Annotated[str, typer.Option(help="For --lm-eval: of vllm.LLM, as JSON.")] = "{}",
 ) -> None:
     """Measure answers at each share of the KV cache, beside other methods; no hub is needed."""
     from fastgen_vllm.tools import eval as tool
@@ -75,7 +76,8 @@ def evaluate(
     if lm_eval:
         _check_model(model)
         _config(extra)
-        _lm_eval(model, lm_eval, lm_eval_path, extra, limit, json_path)
+        engine = _json_object("--engine-args", engine_args)
+        _lm_eval(model, lm_eval, lm_eval_path, extra, engine, limit, json_path)
         return
     budgets = budget or (tool.QUICK_BUDGETS if quick else tool.BUDGETS)
     recoveries = recovery or (tool.QUICK_RECOVERIES if quick else tool.RECOVERIES)
@@ -124,6 +126,7 @@ def _lm_eval(
     tasks: list[str],
     include: Path | None,
     settings: dict[str, Any],
+    engine_args: dict[str, Any],
     limit: int | None,
     json_path: Path,
 ) -> None:
@@ -132,7 +135,7 @@ def _lm_eval(
     from fastgen_vllm.tools import lm_eval_tasks as tool
 
     try:
-        results = tool.run_lm_eval(str(model), tasks, include, settings, limit)
+        results = tool.run_lm_eval(str(model), tasks, include, settings, engine_args, limit)
     except RuntimeError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
@@ -143,13 +146,17 @@ def _lm_eval(
 
 
 def _settings(text: str) -> dict[str, Any]:
+    return _json_object("--settings", text)
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
     try:
-        settings = json.loads(text)
+        found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"--settings: {error}") from None
-    if not isinstance(settings, dict):
-        raise typer.BadParameter(f"--settings: {text!r} is not a JSON object")
-    return settings
+        raise typer.BadParameter(f"{option}: {error}") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{option}: {text!r} is not a JSON object")
+    return found
 
 
 def _config(settings: dict[str, Any]) -> FastGenConfig:

@@ -133,7 +133,9 @@ def test_lm_eval_task(model: str, tmp_path: Path) -> None:
     (tmp_path / "local.yaml").write_text(TASK.replace("DATA", str(data)))
     out = tmp_path / "out.json"
     arguments = ["eval", model, "--lm-eval", "local_capitals", "--lm-eval-path", str(tmp_path)]
-    result = CliRunner().invoke(app, [*arguments, "--json", str(out)], env={"COLUMNS": "200"})
+    engine_args = {"kv_cache_memory_bytes": 256 << 20, "max_model_len": 2048, "enforce_eager": True}
+    arguments += ["--engine-args", json.dumps(engine_args), "--json", str(out)]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert set(found) == {"stock", "FastGen"}

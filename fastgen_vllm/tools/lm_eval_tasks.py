@@ -21,24 +21,31 @@ def run_lm_eval(
     tasks: Sequence[str],
     include: Path | None,
     settings: dict[str, Any],
+    engine_args: dict[str, Any],
     limit: int | None,
 ) -> dict[str, Any]:
     """lm-eval's results by engine, then by task.
 
     Args:
         include: a folder with task files of the user's own.
+        engine_args: further arguments of ``vllm.LLM``, for both engines.
 
     Raises:
         RuntimeError: with the end of the log, where an engine or a task failed.
     """
-    engines = {
+    engines: dict[str, dict[str, Any]] = {
         "stock": {},
         "FastGen": {"attention_backend": "FASTGEN", "additional_config": {"fastgen": settings}},
     }
     found = {}
     for name, options in engines.items():
         job = {
-            "model_args": {"pretrained": model, "enable_prefix_caching": False, **options},
+            "model_args": {
+                "pretrained": model,
+                "enable_prefix_caching": False,
+                **engine_args,
+                **options,
+            },
             "tasks": list(tasks),
             "include": str(include) if include else None,
             "limit": limit,
