@@ -237,7 +237,8 @@ def choose(ladder: Ladder, stats: PromptStats, threshold: float) -> Choice:
 
 
 def share_budget(ladder: Ladder, stats: PromptStats, budget: float) -> Choice:
-    """The hybrids of highest total recovery whose memory is at most ``budget`` of the full cache's.
+    """The hybrids of highest total recovery whose memory is at most ``budget`` of the full cache's,
+    or the cheapest of every head where even those need more.
 
     Lagrangian relaxation: at a price per page each head takes the hybrid of highest recovery less
     its memory's price, and bisection finds the lowest price at which the sum fits. What is left
@@ -245,6 +246,8 @@ def share_budget(ladder: Ladder, stats: PromptStats, budget: float) -> Choice:
     """
     found = evaluate(ladder, stats)
     recovery = found.recovery.clamp(max=1.0).flatten(1).double()
+    saves_nothing = (found.pages == found.pages.max()) & ~ladder.full
+    recovery[saves_nothing] = 0.0  # full needs no more
     pages = found.pages[:, None].expand(recovery.shape)
     room = int(budget * pages.max() * pages.shape[1])
     low, high = 0.0, 1.0

@@ -250,7 +250,8 @@ class Oracle:
         heads = [each for layer in found for each in layer]
         taken = [rung for layer in trace.policy for rung in layer]
         assert trace.budget is not None
-        room = int(trace.budget * heads[0][-1][0] * len(heads))
+        least = sum(min(pages for pages, _ in each) for each in heads)
+        room = max(least, int(trace.budget * heads[0][-1][0] * len(heads)))
         used = sum(each[i][0] for each, i in zip(heads, taken, strict=True))
         if used > room:
             verdict.mismatches.append(f"{used} pages of {room}")
