@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -124,6 +125,11 @@ class PromptStats:
     punctuation: torch.Tensor
     page_size: int
 
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """int64 ``[L, H, n]``: keys by falling score; ties go to the lower position."""
+        return self.scores.sort(dim=-1, descending=True, stable=True).indices
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -155,11 +161,6 @@ class Evaluation:
     recovery: torch.Tensor
 
 
-def ranked_keys(scores: torch.Tensor) -> torch.Tensor:
-    """int64 ``[..., n]``: keys by falling score; ties go to the lower position."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices
-
-
 def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
     """Memory and recovery of every hybrid for every head, from column sums alone.
 
@@ -167,7 +168,7 @@ def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
     ranked keys that neither keeps then gives the recovery for every r_f.
     """
     mass, n = stats.mass, stats.mass.shape[3]
-    order = ranked_keys(stats.scores)[:, :, None]
+    order = stats.order[:, :, None]
     positions = torch.arange(n, device=mass.device)
     members: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
     widths = ladder.window_sizes(torch.arange(len(ladder.hybrids)), n).tolist()
@@ -215,7 +216,7 @@ def kept_keys(ladder: Ladder, stats: PromptStats, policy: torch.Tensor) -> Choic
     window = ladder.window_sizes(policy, n)
     always = sticky | (torch.arange(n, device=policy.device) >= n - window[..., None])
     count = ceil_ratio(ladder.frequent[policy], torch.tensor(n))
-    order = ranked_keys(stats.scores)
+    order = stats.order
     candidate = ~always.gather(-1, order)
     chosen = candidate & (candidate.cumsum(-1) <= count[..., None])
     kept = always.scatter(-1, order, always.gather(-1, order) | chosen)

@@ -63,7 +63,8 @@ class PromptProfile:
     ) -> None:
         self.config, self.ladder, self.goal = config, ladder, goal
         self.num_tokens, self.group_size, self.page_size = num_tokens, group_size, page_size
-        device, profiling = special.device, config.profiling
+        device = special.device
+        profiling = self.profiling = config.profiling
         sinks = torch.arange(num_tokens, device=device) < profiling.num_sinks
         self.special, self.punctuation = special | sinks, punctuation
         self.bounds = torch.tensor(ladder.windows(num_tokens), device=device)
@@ -100,7 +101,7 @@ class PromptProfile:
             lse: float32 ``[c, H, G]``, log-sum-exp of each query's scaled scores.
         """
         first, step = num_keys - query.shape[0], self.config.query_sampling
-        if self.config.profiling.value_weighting:
+        if self.profiling.value_weighting:
             self.value_norms[layer, :, first:num_keys] = value.float().norm(dim=-1).T
         skip = (self.num_tokens - 1 - first) % step
         weights = self.weights[first + skip : num_keys : step]
@@ -126,7 +127,7 @@ class PromptProfile:
         mass = self.mass * self.value_norms[:, :, None, :, None]
         mass /= mass.sum((-1, -2), keepdim=True)
         scores = self.mass.sum(dim=(2, 4)) / self._queries_per_key()
-        pooling = self.config.profiling.pooling
+        pooling = self.profiling.pooling
         if pooling > 1:
             scores = torch.nn.functional.max_pool1d(scores, pooling, 1, pooling // 2)
         return PromptStats(mass, scores, self.special, self.punctuation, self.page_size)
