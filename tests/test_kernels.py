@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from fastgen_vllm.config import FastGenConfigError
-from fastgen_vllm.kernels import Kernels, cpu, reference, select
+from fastgen_vllm.kernels import Kernels, cpu, reference, select, triton
 
 GROUPS = (1, 3, 4, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALE = 0.3
 
 
-@pytest.fixture(params=["reference", *cpu.INSTRUCTION_SETS])
+@pytest.fixture(params=["reference", "triton", *cpu.INSTRUCTION_SETS])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """Each implementation, and each instruction set that this machine has."""
     if request.param == "reference":
         return reference
+    if request.param == "triton":
+        return triton
     assert cpu.problem(64, torch.float32) == "", "the extension must be built to test it"
     if not torch.ops.fastgen.set_isa(request.param):
         pytest.skip(f"this CPU has no {request.param}")

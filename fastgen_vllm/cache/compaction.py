@@ -70,7 +70,7 @@ def compact(
     growing = int((room < len(blocks) * block_size - n).sum())
     in_use = int(used.sum())
     num_stay = -(-(in_use + growing) // pool.pages_per_block)
-    pages, free = _gather_in_front(pool, pages, used, num_stay)
+    pages, free = _gather_in_front(pool, pages, used, num_stay, kernels)
 
     tables.ensure_pages(int(used.max()))
     tables.page_table[row] = 0
@@ -89,7 +89,7 @@ def compact(
 
 
 def _gather_in_front(
-    pool: PagePool, pages: torch.Tensor, used: torch.Tensor, num_stay: int
+    pool: PagePool, pages: torch.Tensor, used: torch.Tensor, num_stay: int, kernels: Kernels
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Move used pages out of blocks from ``num_stay`` on; return the table and the free pages."""
     index = torch.arange(pages.shape[-1], device=pages.device)
@@ -100,7 +100,7 @@ def _gather_in_front(
     target = free[: len(source)]
     for start in range(0, len(source), pool.pages_per_block):
         part = slice(start, start + pool.pages_per_block)
-        pool.kv[target[part]] = pool.kv[source[part]]
+        kernels.move_pages(pool.kv, source[part], target[part])
     pages[leaving] = target
     return pages[..., : int(used.max())], free[len(source) :]
 

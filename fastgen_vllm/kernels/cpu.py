@@ -9,6 +9,18 @@ from pathlib import Path
 
 import torch
 
+from fastgen_vllm.kernels.reference import move_pages
+
+__all__ = [
+    "attention_mass",
+    "decode_attention",
+    "move_pages",
+    "pack_slots",
+    "plan_decode",
+    "prefill_attention",
+    "write_kv",
+]
+
 NAME = "native"
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -294,3 +294,13 @@ def pack_slots(pages: torch.Tensor, page_table: torch.Tensor, kept: torch.Tensor
         src = own[head, source // block_size] * block_size + source % block_size
         dst = own[head, target // block_size] * block_size + target % block_size
         slots[dst] = slots[src]
+
+
+def move_pages(pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy whole pages.
+
+    Args:
+        pages: written.
+        source, target: int64 ``[k]``, page numbers; no page is in both.
+    """
+    pages[target] = pages[source]

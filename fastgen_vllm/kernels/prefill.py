@@ -1,0 +1,115 @@
+"""Prefill attention with the log-sum-exps that profiling needs, from a well-kept library.
+
+A chunk's keys and values lie in pages, so they are gathered first: ``8 D`` bytes moved per key and
+head in 16 bits, against ``4 c G D`` multiplications. The libraries are tried in the order of
+``LIBRARIES`` and one is chosen for the life of the process; the vLLM plugin puts vLLM's own flash
+attention in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]
+]
+"""Causal attention of the last ``c`` of ``m`` tokens: query ``[c, H, G, D]``, key and value
+``[m, H, D]`` and a scale give the output ``[c, H, G, D]`` and the LSE, float32 ``[c, H, G]``."""
+
+
+def sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's scaled-dot-product attention.
+
+    Its causal mask starts at the first key, so the prefix and the chunk itself are attended
+    separately and merged.
+    """
+    c, prefix = query.shape[0], key.shape[0] - query.shape[0]
+    own, own_lse = _sdpa(query, key[prefix:], value[prefix:], scale, True)
+    if not prefix:
+        return own, own_lse
+    before, before_lse = _sdpa(query, key[:prefix], value[:prefix], scale, False)
+    lse = torch.logaddexp(own_lse, before_lse)
+    output = own.float() * (own_lse - lse).exp()[..., None]
+    output += before.float() * (before_lse - lse).exp()[..., None]
+    assert output.shape[0] == c
+    return output.to(query.dtype), lse
+
+
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Heads are the batch, so that a group shares its keys without a copy of them."""
+    c, _, groups, _ = query.shape
+    q = query.permute(1, 2, 0, 3)
+    k, v = (x.transpose(0, 1)[:, None].expand(-1, groups, -1, -1) for x in (key, value))
+    ops = torch.ops.aten
+    if query.device.type == "cpu":
+        flash = ops._scaled_dot_product_flash_attention_for_cpu
+        output, lse = flash(q, k, v, 0.0, causal, scale=scale)
+    else:
+        efficient = ops._scaled_dot_product_efficient_attention
+        output, lse = efficient(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+    return output.permute(2, 0, 1, 3), lse[..., :c].permute(2, 0, 1).float()
+
+
+def xformers(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """xformers' memory-efficient attention over one block of a block-diagonal causal mask."""
+    from xformers.ops import fmha
+
+    c, m, groups = query.shape[0], key.shape[0], query.shape[2]
+    bias = fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens([c], [m])
+    k, v = (x[None, :, :, None].expand(-1, -1, -1, groups, -1) for x in (key, value))
+    output, lse = fmha.memory_efficient_attention_forward_requires_grad(
+        query[None].contiguous(), k, v, bias, scale=scale
+    )
+    return output[0], lse[0, :, :, :c].permute(2, 0, 1).float()
+
+
+def _xformers_problem() -> str:
+    try:
+        from xformers.ops import fmha
+    except ImportError as error:
+        return f"not importable ({error})"
+    if not torch.cuda.is_available():
+        return "it has kernels for GPUs only"
+    return "" if hasattr(fmha, "memory_efficient_attention_forward_requires_grad") else "too old"
+
+
+LIBRARIES: list[tuple[str, Callable[[], str], Attend]] = [
+    ("xformers", _xformers_problem, xformers),
+    ("PyTorch SDPA", lambda: "", sdpa),
+]
+"""Name, what keeps it from running here (empty: nothing), and the function. The first that can
+run serves."""
+
+_chosen: tuple[str, Attend] | None = None
+
+
+def choose() -> tuple[str, Attend]:
+    """The library that serves this process, chosen at the first call."""
+    global _chosen
+    if _chosen is None:
+        _chosen = next((name, attend) for name, problem, attend in LIBRARIES if not problem())
+    return _chosen
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    page_table: torch.Tensor,
+    num_keys: int,
+    scale: float,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """As ``reference.prefill_attention``."""
+    content = pages[page_table].flatten(1, 2)[:, :num_keys].transpose(0, 1)
+    key, value = content.chunk(2, dim=-1)
+    attended, lse = choose()[1](query.to(pages.dtype), key, value, scale)
+    output.copy_(attended)
+    return lse

@@ -1,0 +1,38 @@
+"""Triton kernels, one operation a file, with the signatures of ``kernels/reference.py``.
+
+They run on NVIDIA GPUs; under ``TRITON_INTERPRET=1`` Triton interprets them on CPU tensors, which
+is how the test suite compares them with the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastgen_vllm.kernels.prefill import prefill_attention
+from fastgen_vllm.kernels.triton.attention_mass import attention_mass
+from fastgen_vllm.kernels.triton.decode_attention import decode_attention
+from fastgen_vllm.kernels.triton.pack_slots import move_pages, pack_slots
+from fastgen_vllm.kernels.triton.plan_decode import plan_decode
+from fastgen_vllm.kernels.triton.write_kv import write_kv
+
+__all__ = [
+    "attention_mass",
+    "decode_attention",
+    "move_pages",
+    "pack_slots",
+    "plan_decode",
+    "prefill_attention",
+    "write_kv",
+]
+
+NAME = "Triton"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def problem(head_size: int, dtype: torch.dtype) -> str:
+    """Why these kernels cannot serve such a cache, or an empty string."""
+    if head_size % 8 or head_size > 256:
+        return f"head size {head_size} is not a multiple of 8 up to 256"
+    if dtype not in DTYPES:
+        return f"the cache's dtype is {dtype}"
+    return ""

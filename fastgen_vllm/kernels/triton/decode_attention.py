@@ -1,0 +1,304 @@
+"""Decode attention over head block tables: one query token per request.
+
+Two passes. The first gives each program at most ``split`` slots of one head, so that heads whose
+lengths differ tenfold load the device evenly; the query heads of a GQA group share one tile, so K
+and V are read once. The second merges the splits by their log-sum-exps and adds the probabilities
+to the slot scores, from logits that the first pass left (``4 G`` bytes a slot beside the ``4 D``
+of K and V in 16 bits).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgen_vllm.kernels.triton.common import INTERPRETED, LOG2_E, product
+
+_LOGITS_BYTES = 1 << 28
+"""Scratch for logits: larger batches are attended in parts."""
+
+
+@triton.jit
+def attend_kernel(
+    query,
+    pages,
+    positions,
+    rows,
+    page_table,
+    lengths,
+    keeps_scores,
+    logits,
+    partial,
+    partial_lse,
+    scale_log2,
+    heads,
+    split_slots,
+    num_splits,
+    max_slots,
+    stride_qn,
+    stride_qh,
+    stride_qg,
+    stride_tr,
+    stride_th,
+    stride_lr,
+    stride_lh,
+    stride_kr,
+    stride_kh,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, head = index // heads, index % heads
+    row = tl.load(rows + n)
+    length = tl.load(lengths + row * stride_lr + head * stride_lh)
+    first = split * split_slots
+    if first >= length:
+        return
+    last = tl.minimum(first + split_slots, length)
+    keeps = tl.load(keeps_scores + row * stride_kr + head * stride_kh) != 0
+    group, lane = tl.arange(0, G_PAD), tl.arange(0, D_PAD)
+    q_mask = (group < G)[:, None] & (lane < D)[None, :]
+    q_at = query + n * stride_qn + head * stride_qh + group[:, None] * stride_qg + lane[None, :]
+    q = tl.load(q_at, mask=q_mask, other=0.0).to(pages.dtype.element_ty)
+    table = page_table + row * stride_tr + head * stride_th
+    highest = tl.full([G_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([G_PAD], tl.float32)
+    acc = tl.zeros([G_PAD, D_PAD], tl.float32)
+    for start in range(first, last, TILE):
+        slot = start + tl.arange(0, TILE)
+        in_use = slot < last
+        page = tl.load(table + slot // BLOCK_SIZE, mask=in_use, other=0).to(tl.int64)
+        at = page * BLOCK_SIZE + slot % BLOCK_SIZE
+        live = tl.load(positions + at, mask=in_use, other=-1) >= 0
+        mask = live[:, None] & (lane < D)[None, :]
+        content = pages + at[:, None] * (2 * D) + lane[None, :]
+        k = tl.load(content, mask=mask, other=0.0)
+        v = tl.load(content + D, mask=mask, other=0.0)
+        score = product(q, tl.trans(k), INTERPRETED) * scale_log2
+        score = tl.where(live[None, :], score, float("-inf"))
+        if keeps:
+            left = logits + (index * max_slots + slot[None, :]) * G + group[:, None]
+            tl.store(left, score, mask=in_use[None, :] & (group < G)[:, None])
+        new_highest = tl.maximum(highest, tl.max(score, 1))
+        # Nothing live so far: any finite reference keeps -inf - -inf out.
+        against = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        prob = tl.exp2(score - against[:, None])
+        fade = tl.exp2(highest - against)
+        total = total * fade + tl.sum(prob, 1)
+        acc = acc * fade[:, None] + product(prob.to(v.dtype), v, INTERPRETED)
+        highest = new_highest
+    into = (index * num_splits + split) * G + group
+    weight = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, highest + tl.log2(weight), float("-inf"))
+    tl.store(partial_lse + into, lse, mask=group < G)
+    tl.store(partial + into[:, None] * D + lane[None, :], acc / weight[:, None], mask=q_mask)
+
+
+@triton.jit
+def merge_kernel(
+    positions,
+    rows,
+    page_table,
+    lengths,
+    keeps_scores,
+    scores,
+    logits,
+    partial,
+    partial_lse,
+    output,
+    heads,
+    split_slots,
+    num_splits,
+    max_slots,
+    stride_on,
+    stride_oh,
+    stride_og,
+    stride_tr,
+    stride_th,
+    stride_lr,
+    stride_lh,
+    stride_kr,
+    stride_kh,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, head = index // heads, index % heads
+    row = tl.load(rows + n)
+    length = tl.load(lengths + row * stride_lr + head * stride_lh)
+    first = split * split_slots
+    if first >= length:
+        return
+    used = (length + split_slots - 1) // split_slots
+    group, lane = tl.arange(0, G_PAD), tl.arange(0, D_PAD)
+    every = tl.arange(0, SPLITS_PAD)
+    lse_mask = (every < used)[:, None] & (group < G)[None, :]
+    lse_at = partial_lse + (index * num_splits + every[:, None]) * G + group[None, :]
+    lse = tl.load(lse_at, mask=lse_mask, other=float("-inf"))
+    highest = tl.max(lse, 0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    merged = highest + tl.log2(tl.maximum(tl.sum(tl.exp2(lse - highest[None, :]), 0), 1e-30))
+    if split == 0:
+        mask = (group < G)[:, None] & (lane < D)[None, :]
+        acc = tl.zeros([G_PAD, D_PAD], tl.float32)
+        for s in range(0, used):
+            part = (index * num_splits + s) * G + group
+            one = tl.load(partial_lse + part, mask=group < G, other=float("-inf"))
+            value = tl.load(partial + part[:, None] * D + lane[None, :], mask=mask, other=0.0)
+            acc += tl.exp2(one - merged)[:, None] * value
+        out = output + n * stride_on + head * stride_oh + group[:, None] * stride_og + lane[None, :]
+        tl.store(out, acc.to(output.dtype.element_ty), mask=mask)
+    if tl.load(keeps_scores + row * stride_kr + head * stride_kh) != 0:
+        table = page_table + row * stride_tr + head * stride_th
+        last = tl.minimum(first + split_slots, length)
+        for start in range(first, last, TILE):
+            slot = start + tl.arange(0, TILE)
+            in_use = slot < last
+            page = tl.load(table + slot // BLOCK_SIZE, mask=in_use, other=0).to(tl.int64)
+            at = page * BLOCK_SIZE + slot % BLOCK_SIZE
+            live = tl.load(positions + at, mask=in_use, other=-1) >= 0
+            left = logits + (index * max_slots + slot[:, None]) * G + group[None, :]
+            mask = live[:, None] & (group < G)[None, :]
+            logit = tl.load(left, mask=mask, other=float("-inf"))
+            received = tl.sum(tl.exp2(logit - merged[None, :]), 1)
+            before = tl.load(scores + at, mask=live, other=0.0)
+            tl.store(scores + at, before + received, mask=live)
+
+
+def split_size(programs: int, max_slots: int, tile: int, device: torch.device) -> int:
+    """Slots per program, a power of two of tiles: some programs for each multiprocessor, long
+    enough that the merge costs little."""
+    wanted = 4 * _num_multiprocessors(device)
+    size = tile
+    while size < 2048 and programs * (max_slots // (2 * size)) >= wanted:
+        size *= 2
+    while max_slots > 256 * size:  # what one program of the merge can look at
+        size *= 2
+    return size
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def decode_attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    positions: torch.Tensor,
+    rows: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    keeps_scores: torch.Tensor,
+    scores: torch.Tensor,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """As ``reference.decode_attention``. ``page_table``'s width bounds the heads' lengths."""
+    n, heads, group, head_size = query.shape
+    block_size = pages.shape[1]
+    assert query.stride(3) == output.stride(3) == page_table.stride(2) == 1
+    assert pages.is_contiguous() and positions.is_contiguous() and scores.is_contiguous()
+    max_slots = page_table.shape[2] * block_size
+    part = max(1, _LOGITS_BYTES // (heads * max_slots * group * 4))
+    for start in range(0, n, part):
+        some = slice(start, min(start + part, n))
+        _decode(
+            query[some],
+            pages,
+            positions,
+            rows[some],
+            page_table,
+            lengths,
+            keeps_scores,
+            scores,
+            scale,
+            output[some],
+            max_slots,
+        )
+
+
+def _decode(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    positions: torch.Tensor,
+    rows: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    keeps_scores: torch.Tensor,
+    scores: torch.Tensor,
+    scale: float,
+    output: torch.Tensor,
+    max_slots: int,
+) -> None:
+    n, heads, group, head_size = query.shape
+    tile = 64 if head_size <= 128 else 32
+    size = split_size(n * heads, max_slots, tile, query.device)
+    num_splits = triton.cdiv(max_slots, size)
+    empty = query.new_empty
+    logits = empty((n, heads, max_slots, group), dtype=torch.float32)
+    partial = empty((n, heads, num_splits, group, head_size), dtype=torch.float32)
+    partial_lse = empty((n, heads, num_splits, group), dtype=torch.float32)
+    grid = (n * heads, num_splits)
+    sizes = (heads, size, num_splits, max_slots)
+    strides = (
+        *page_table.stride()[:2],
+        *lengths.stride(),
+        *keeps_scores.stride(),
+    )
+    common = {
+        "G": group,
+        "D": head_size,
+        "D_PAD": max(16, triton.next_power_of_2(head_size)),
+        "BLOCK_SIZE": pages.shape[1],
+        "TILE": tile,
+    }
+    attend_kernel[grid](
+        query,
+        pages,
+        positions,
+        rows,
+        page_table,
+        lengths,
+        keeps_scores,
+        logits,
+        partial,
+        partial_lse,
+        scale * LOG2_E,
+        *sizes,
+        *query.stride()[:3],
+        *strides,
+        G_PAD=max(16, triton.next_power_of_2(group)),  # the least that tensor cores multiply
+        INTERPRETED=INTERPRETED,
+        **common,
+    )
+    merge_kernel[grid](
+        positions,
+        rows,
+        page_table,
+        lengths,
+        keeps_scores,
+        scores,
+        logits,
+        partial,
+        partial_lse,
+        output,
+        *sizes,
+        *output.stride()[:3],
+        *strides,
+        G_PAD=triton.next_power_of_2(group),
+        SPLITS_PAD=triton.next_power_of_2(num_splits),
+        **common,
+    )

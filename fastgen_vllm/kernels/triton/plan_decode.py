@@ -1,0 +1,240 @@
+"""The decode step's bookkeeping: append, take over or evict, with no host round trip."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgen_vllm.cache.pages import EMPTY
+from fastgen_vllm.config import RATIO_UNIT
+
+_INT_MAX = torch.iinfo(torch.int32).max
+
+
+@triton.jit
+def ceil_ratio(ratio, num_tokens, UNIT: tl.constexpr):
+    return (ratio * num_tokens + (UNIT - 1)) // UNIT
+
+
+@triton.jit
+def grow_kernel(
+    rows,
+    num_tokens,
+    special,
+    punctuation,
+    ladder_special,
+    ladder_punctuation,
+    ladder_full,
+    ladder_frequent,
+    ladder_local,
+    ladder_least,
+    page_table,
+    lengths,
+    num_sticky,
+    policy,
+    free_pages,
+    num_free,
+    slots,
+    short,
+    stride_tr,
+    stride_th,
+    stride_fr,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """All heads of one request: who evicts (slot -1), who appends, who takes a free page."""
+    n = tl.program_id(0)
+    row, t = tl.load(rows + n), tl.load(num_tokens + n)
+    head = tl.arange(0, HEADS_PAD)
+    is_head = head < HEADS
+    choice = tl.load(policy + row * HEADS + head, mask=is_head, other=0)
+    length = tl.load(lengths + row * HEADS + head, mask=is_head, other=0)
+    is_special, is_punctuation = tl.load(special + n) != 0, tl.load(punctuation + n) != 0
+    sticky = (tl.load(ladder_special + choice) != 0) & is_special
+    sticky = sticky | ((tl.load(ladder_punctuation + choice) != 0) & is_punctuation)
+    total_sticky = tl.load(num_sticky + row * HEADS + head, mask=is_head, other=0)
+    total_sticky += sticky.to(tl.int32)
+    window = tl.maximum(
+        ceil_ratio(tl.load(ladder_local + choice), t, UNIT), tl.load(ladder_least + choice)
+    )
+    budget = total_sticky + ceil_ratio(tl.load(ladder_frequent + choice), t, UNIT) + window
+    evicts = (tl.load(ladder_full + choice) == 0) & (length >= budget)
+    offset = length % BLOCK_SIZE
+    takes_page = (is_head & (offset == 0) & (evicts == 0)).to(tl.int32)
+    height = tl.load(num_free + row)
+    taken = tl.sum(takes_page, 0)
+    if taken > height:
+        tl.atomic_max(short, n)
+        tl.store(slots + n * HEADS + head, tl.zeros([HEADS_PAD], tl.int64), mask=is_head)
+        return
+    rank = tl.cumsum(takes_page, 0)
+    takes = takes_page != 0
+    fresh = tl.load(free_pages + row * stride_fr + height - rank, mask=takes, other=0)
+    entry = page_table + row * stride_tr + head.to(tl.int64) * stride_th + length // BLOCK_SIZE
+    appends = is_head & (evicts == 0)
+    current = tl.load(entry, mask=appends & (takes == 0), other=0)
+    page = tl.where(takes, fresh, current)
+    tl.store(entry, page, mask=takes)
+    slot = tl.where(appends, page.to(tl.int64) * BLOCK_SIZE + offset, -1)
+    tl.store(slots + n * HEADS + head, slot, mask=is_head)
+    tl.store(lengths + row * HEADS + head, length + appends.to(tl.int32), mask=is_head)
+    tl.store(num_sticky + row * HEADS + head, total_sticky, mask=is_head)
+    tl.store(num_free + row, height - taken)
+
+
+@triton.jit
+def place_kernel(
+    rows,
+    num_tokens,
+    special,
+    punctuation,
+    ladder_special,
+    ladder_punctuation,
+    ladder_local,
+    ladder_least,
+    page_table,
+    lengths,
+    policy,
+    positions,
+    scores,
+    slots,
+    stride_tr,
+    stride_th,
+    MEAN: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    NO_TOKEN: tl.constexpr,
+    INT_MAX: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One head: find its victim where it evicts, then enter the newest token.
+
+    The victim is the lowest score outside the window, the oldest on ties: one reduction, no sort.
+    """
+    n, head = tl.program_id(0), tl.program_id(1)
+    row, t = tl.load(rows + n), tl.load(num_tokens + n)
+    choice = tl.load(policy + row * HEADS + head)
+    slot = tl.load(slots + n * HEADS + head)
+    if slot < 0:
+        window = tl.maximum(
+            ceil_ratio(tl.load(ladder_local + choice), t, UNIT), tl.load(ladder_least + choice)
+        )
+        length = tl.load(lengths + row * HEADS + head)
+        table = page_table + row * stride_tr + head.to(tl.int64) * stride_th
+        lowest = tl.full([TILE], float("inf"), tl.float32)
+        oldest = tl.full([TILE], INT_MAX, tl.int32)
+        best = tl.zeros([TILE], tl.int64)
+        for start in range(0, length, TILE):
+            index = start + tl.arange(0, TILE)
+            in_use = index < length
+            page = tl.load(table + index // BLOCK_SIZE, mask=in_use, other=0).to(tl.int64)
+            at = page * BLOCK_SIZE + index % BLOCK_SIZE
+            position = tl.load(positions + at, mask=in_use, other=NO_TOKEN)
+            score = tl.load(scores + at, mask=in_use, other=float("inf"))
+            if MEAN:
+                seen_by = tl.maximum(t - 1 - position, 1).to(tl.float32)
+                score = tl.div_rn(score, seen_by)
+            outside = (position != NO_TOKEN) & (position < t - window)
+            score = tl.where(outside, score, float("inf"))
+            better = (score < lowest) | ((score == lowest) & outside & (position < oldest))
+            lowest = tl.where(better, score, lowest)
+            oldest = tl.where(better, position, oldest)
+            best = tl.where(better, at, best)
+        minimum = tl.min(lowest, 0)
+        oldest = tl.where(lowest == minimum, oldest, INT_MAX)
+        first = tl.min(oldest, 0)
+        slot = tl.max(tl.where((lowest == minimum) & (oldest == first), best, 0), 0)
+        tl.store(slots + n * HEADS + head, slot)
+    elif slot % BLOCK_SIZE == 0:
+        lane = tl.arange(0, BLOCK_SIZE)  # a page just taken
+        tl.store(positions + slot + lane, tl.full([BLOCK_SIZE], NO_TOKEN, tl.int32), mask=lane > 0)
+    sticky = (tl.load(special + n) != 0) & (tl.load(ladder_special + choice) != 0)
+    sticky = sticky | (
+        (tl.load(punctuation + n) != 0) & (tl.load(ladder_punctuation + choice) != 0)
+    )
+    if slot >= BLOCK_SIZE:  # page 0 is nobody's
+        tl.store(positions + slot, (t - 1).to(tl.int32))
+        tl.store(scores + slot, tl.where(sticky, float("inf"), 0.0))
+
+
+def plan_decode(
+    rows: torch.Tensor,
+    num_tokens: torch.Tensor,
+    special: torch.Tensor,
+    punctuation: torch.Tensor,
+    ladder: list[torch.Tensor],
+    mean: bool,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    num_sticky: torch.Tensor,
+    policy: torch.Tensor,
+    free_pages: torch.Tensor,
+    num_free: torch.Tensor,
+    positions: torch.Tensor,
+    scores: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """As ``reference.plan_decode``, but the answer stays on the device: int32 ``[1]``.
+
+    A request that is short of pages is left as it was and its token goes to page 0.
+    """
+    num_rows, layers, heads, _ = page_table.shape
+    total, block_size = layers * heads, positions.shape[1]
+    assert page_table.stride(1) == heads * page_table.stride(2) and page_table.stride(3) == 1
+    for tensor in (lengths, num_sticky, policy, num_free, positions, scores, slots):
+        assert tensor.is_contiguous()
+    ladder_special, ladder_punctuation, full, frequent, local, least_window = ladder
+    short = torch.full((1,), -1, dtype=torch.int32, device=rows.device)
+    sizes = {"HEADS": total, "BLOCK_SIZE": block_size, "UNIT": RATIO_UNIT}
+    strides = (page_table.stride(0), page_table.stride(2))
+    grow_kernel[(len(rows),)](
+        rows,
+        num_tokens,
+        special,
+        punctuation,
+        ladder_special,
+        ladder_punctuation,
+        full,
+        frequent,
+        local,
+        least_window,
+        page_table,
+        lengths,
+        num_sticky,
+        policy,
+        free_pages,
+        num_free,
+        slots,
+        short,
+        *strides,
+        free_pages.stride(0),
+        HEADS_PAD=triton.next_power_of_2(total),
+        **sizes,
+    )
+    place_kernel[(len(rows), total)](
+        rows,
+        num_tokens,
+        special,
+        punctuation,
+        ladder_special,
+        ladder_punctuation,
+        local,
+        least_window,
+        page_table,
+        lengths,
+        policy,
+        positions,
+        scores,
+        slots,
+        *strides,
+        MEAN=mean,
+        NO_TOKEN=EMPTY,
+        INT_MAX=_INT_MAX,
+        TILE=256,
+        **sizes,
+    )
+    return short
