@@ -13,7 +13,7 @@ RATIO_UNIT = 10_000
 """Ratios are whole multiples of 1/10000, so that ``ceil(r * t)`` is exact integer arithmetic."""
 
 
-KernelChoice = Literal["auto", "native", "reference"]
+KernelChoice = Literal["auto", "native", "cuda", "reference"]
 Method = Literal["fastgen", "streaming", "h2o", "snapkv", "pyramidkv", "adakv", "random"]
 QueryWeighting = Literal["uniform", "recent", "last"]
 

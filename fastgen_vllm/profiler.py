@@ -75,7 +75,9 @@ class PromptProfile:
             device=device,
         )
         self.value_norms = torch.ones(num_layers, num_kv_heads, num_tokens, device=device)
-        self.weights = query_weights(profiling, num_tokens).to(device)
+        weights = query_weights(profiling, num_tokens)
+        self.num_unseen = int((weights == 0).sum())  # the first queries: weights never fall
+        self.weights = weights.to(device)
 
     def add_chunk(
         self,
@@ -103,10 +105,9 @@ class PromptProfile:
         first, step = num_keys - query.shape[0], self.config.query_sampling
         if self.profiling.value_weighting:
             self.value_norms[layer, :, first:num_keys] = value.float().norm(dim=-1).T
-        skip = (self.num_tokens - 1 - first) % step
+        skip = max(first, self.num_unseen) - first
+        skip += (self.num_tokens - 1 - first - skip) % step
         weights = self.weights[first + skip : num_keys : step]
-        unseen = int((weights == 0).sum())  # weights never fall
-        skip, weights = skip + unseen * step, weights[unseen:]
         if not len(weights):
             return
         kernels.attention_mass(

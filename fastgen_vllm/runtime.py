@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastgen_vllm.cache import Compacted, DecodeStep, HeadTables, PagePool, compact, plan_decode
+from fastgen_vllm.cache import (
+    Compacted,
+    DecodeStep,
+    HeadTables,
+    PagePool,
+    check_pages,
+    compact,
+    plan_decode,
+)
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import cpu, select
 from fastgen_vllm.policy import Choice, Ladder
@@ -84,7 +92,8 @@ class StepReport:
 
     Attributes:
         vacated: block ids handed back.
-        free_pages: pages owned and unused, of every decoding request.
+        free_pages: of every decoding request, the pages that it owns and that will be unused when
+            the scheduler reads this, ``report_lag`` steps later, at worst.
         kept: of requests that finished their prompt in this step.
         owned: in debug mode, the blocks that each decoding request owns.
     """
@@ -95,18 +104,51 @@ class StepReport:
     owned: dict[str, list[int]] | None = None
 
 
+class PendingReport:
+    """A report whose figures may still be on their way from the device."""
+
+    def __init__(self, report: StepReport, alive: Sequence[str], step: Step, figures: torch.Tensor):
+        self._report, self._alive, self._step = report, alive, step
+        self._figures = figures.to("cpu", non_blocking=True)
+        self._arrived = None
+        if figures.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def get(self) -> StepReport:
+        """Wait for the figures.
+
+        Raises:
+            OutOfPagesError: the scheduler granted fewer blocks than the heads need.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        *free_pages, short = self._figures.tolist()
+        check_pages(self._step.decode_ids, short)
+        self._report.free_pages = dict(zip(self._alive, free_pages, strict=True))
+        return self._report
+
+
 class Runtime:
     """FastGen's state on one worker.
 
     Args:
         kv: the engine's storage, ``[num_blocks, L, H, block_size, 2 * head_size]``.
         group_size: query heads per KV head.
+        report_lag: steps that are under way when the scheduler reads a report: 0 where it waits
+            for each, 1 with asynchronous scheduling.
     """
 
     def __init__(
-        self, config: FastGenConfig, flags: TokenFlags, kv: torch.Tensor, group_size: int
+        self,
+        config: FastGenConfig,
+        flags: TokenFlags,
+        kv: torch.Tensor,
+        group_size: int,
+        report_lag: int = 0,
     ) -> None:
         self.config, self.flags, self.group_size = config, flags, group_size
+        self.report_lag = report_lag
         self.pool = PagePool.over(kv, kv.shape[1], kv.shape[2])
         self.tables = HeadTables(self.pool)
         self.ladder = Ladder.from_hybrids(config.hybrids, config.profiling.least_window, kv.device)
@@ -164,19 +206,22 @@ class Runtime:
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
         token_ids: torch.Tensor,
+        host_seq_lens: torch.Tensor | None = None,
     ) -> Step:
         """Plan a batch of mixed prefill chunks and decode tokens.
 
         Args:
-            query_start: int ``[N + 1]``, cumulative query lengths.
+            query_start: int ``[N + 1]`` on the host, cumulative query lengths.
             seq_lens: int ``[N]``, tokens so far including this step's.
             block_table: int ``[N, B]``, the engine's block table; read for prefills only.
             token_ids: int ``[num_tokens]``.
+            host_seq_lens: ``seq_lens`` on the host, right for prefills at least.
         """
         chunks: list[PrefillChunk] = []
         decode_ids: Sequence[str] = request_ids
         if self.prefills:
-            starts, lengths = query_start.tolist(), seq_lens.tolist()
+            lengths = (seq_lens if host_seq_lens is None else host_seq_lens).tolist()
+            starts = query_start.tolist()
             decode_rows: list[int] = []
             for i, request_id in enumerate(request_ids):
                 if request_id in self.prefills:
@@ -193,7 +238,7 @@ class Runtime:
         decode_tokens = decode = None
         if decode_ids:
             if chunks:
-                decode_tokens = query_start[decode_rows].long()
+                decode_tokens = query_start[decode_rows].long().to(token_ids.device)
                 seq_lens, token_ids = seq_lens[decode_rows], token_ids[decode_tokens]
             newest = token_ids.long()
             decode = plan_decode(
@@ -251,7 +296,7 @@ class Runtime:
         self._decode(step.decode, layer, query[tokens], key[tokens], value[tokens], attended, scale)
         output[tokens] = attended
 
-    def finish_step(self, step: Step) -> StepReport:
+    def finish_step(self, step: Step) -> PendingReport:
         """Compress the requests whose prompt ended, and report."""
         report = StepReport()
         for chunk in step.chunks:
@@ -259,12 +304,17 @@ class Runtime:
             if prefill is not None and chunk.num_seen == prefill.num_tokens:
                 self._compress(chunk, prefill, report)
         alive = [*step.decode_ids, *report.kept]
-        free_pages = self.tables.num_free[self.tables.rows_of(alive)].tolist()
-        report.free_pages = dict(zip(alive, free_pages, strict=True))
+        rows, block_size = self.tables.rows_of(alive), self.pool.block_size
+        # A head takes at most one page in the steps under way, and only near the end of its last.
+        takes_page = -self.tables.lengths[rows] % block_size < self.report_lag
+        free_pages = self.tables.num_free[rows] - takes_page.flatten(1).sum(-1)
         if self.config.debug:
             self.tables.audit()
-            report.owned = {r: list(self.tables.blocks[r]) for r in report.free_pages}
-        return report
+            report.owned = {r: list(self.tables.blocks[r]) for r in alive}
+        short = -1 if step.decode is None else step.decode.short
+        if isinstance(short, int):
+            short = free_pages.new_tensor([short])
+        return PendingReport(report, alive, step, torch.cat([free_pages, short]))
 
     def _prefill(
         self,
@@ -302,7 +352,7 @@ class Runtime:
             pool.kv,
             pool.positions,
             step.rows,
-            tables.page_table[:, layer],
+            tables.page_table[:, layer, :, : step.max_pages],
             tables.lengths[:, layer],
             tables.keeps_scores[:, layer],
             pool.scores,

@@ -25,6 +25,10 @@ class TokenFlags:
     special: torch.Tensor
     punctuation: torch.Tensor
 
+    def to(self, device: torch.device) -> TokenFlags:
+        """The same flags there."""
+        return TokenFlags(self.special.to(device), self.punctuation.to(device))
+
     @classmethod
     def from_tokenizer(
         cls, tokenizer: Any, vocab_size: int, extra_special_tokens: Sequence[str] = ()

@@ -99,7 +99,7 @@ class PoolLife(RuleBasedStateMachine):
             output = torch.full_like(query, float("nan"))
             self.runtime.forward(step, layer, query, *content.chunk(2, -1), output, 0.4)
             assert output.isfinite().all(), "a head read a slot that nobody wrote"
-        report = self.runtime.finish_step(step)
+        report = self.runtime.finish_step(step).get()
         for request, n in zip(batch, seen, strict=True):
             self.computed[request] = n
             if request in report.free_pages:
@@ -184,7 +184,7 @@ def test_full_heads_keep_every_page() -> None:
         content = torch.randn(2, 17, HEADS, SIZE)
         runtime.forward(step, layer, query, *content, torch.empty_like(query), 0.4)
     before = kv.clone()
-    report = runtime.finish_step(step)
+    report = runtime.finish_step(step).get()
     assert report.vacated == {"a": []} and report.free_pages == {"a": 0}
     assert torch.equal(kv, before)
     assert report.kept["a"].policy_heads == {"full": LAYERS * HEADS}

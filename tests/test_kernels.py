@@ -89,6 +89,8 @@ PROMPTS = [(1, 1), (16, 16), (17, 17), (5, 33), (1, 48), (64, 64), (65, 130), (7
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize(("c", "m"), PROMPTS)
 def test_prefill_and_mass(kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype) -> None:
+    if kernels is triton and group in (3, 4) and m > 50:
+        pytest.skip("interpreted kernels are slow: groups of 1 and 7 cover the long prompts")
     prompt = Prompt.random(kernels, c, m, group, 64, dtype)
     probs = prompt.probs()
     output = torch.full_like(prompt.query, float("nan"))
@@ -253,9 +255,8 @@ def test_plan_decode(kernels: Kernels, block_size: int, mean: bool) -> None:
         before = ours.lengths.clone()
         for which, (tables, ops) in enumerate(((ours, kernels), (wanted, reference))):
             state = [getattr(tables, f.name) for f in fields(Tables)]
-            assert ops.plan_decode(
-                rows, t, special, punctuation, ladder, mean, *state, slots[which]
-            ) in (-1,)
+            arguments = (rows, t, special, punctuation, ladder, mean, *state, slots[which])
+            assert int(ops.plan_decode(*arguments)) == -1
         evictions += int((ours.lengths == before)[rows].sum())
         assert torch.equal(slots[0], slots[1])
         for field in fields(Tables):
@@ -283,7 +284,20 @@ def test_plan_decode_says_who_is_short_of_pages(kernels: Kernels) -> None:
     slots = torch.zeros(2, 2, 2, dtype=torch.int64)
     tables.lengths[1] = 5
     rows = torch.tensor([1, 0])
-    assert kernels.plan_decode(rows, rows + 300, none, none, ladder, False, *state, slots) == 1
+    short = kernels.plan_decode(rows, rows + 300, none, none, ladder, False, *state, slots)
+    assert int(short) == 1
+
+
+def test_move_pages(kernels: Kernels) -> None:
+    pages = torch.randn(20, 8, 48).bfloat16()
+    before, order = pages.clone(), torch.randperm(20)
+    for count in (0, 7):
+        source, target = order[:count], order[10 : 10 + count]
+        kernels.move_pages(pages, source, target)
+        assert torch.equal(pages[target], before[source])
+        untouched = torch.ones(20, dtype=torch.bool)
+        untouched[target] = False
+        assert torch.equal(pages[untouched], before[untouched])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 100])

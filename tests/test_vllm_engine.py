@@ -12,6 +12,8 @@ import pytest
 from engine import KOREAN, Engine, Finished, chat, english
 from vllm.exceptions import VLLMValidationError
 
+from fastgen_vllm.runtime import StepReport
+
 NATURAL = [
     ("booleans", 200),
     ("exceptions", 700),
@@ -160,3 +162,37 @@ def test_soak(engine: Engine) -> None:
             assert alive or not engine.llm.llm_engine.has_unfinished_requests()
     assert finished > 100
     assert engine.num_preemptions > preempted, "not enough pressure for a preemption"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("lag", [1, 2])
+def test_late_reports(engine: Engine, monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
+    """Reports read one and two steps late, as with asynchronous scheduling, under preemptions:
+    no head runs out of pages, every block is accounted for, and answers stay as they were."""
+    prompts = [english(200 + 61 * i, "specialnames", 900 * i) for i in range(24)]
+
+    def run(recovery: float) -> dict[str, list[int]]:
+        names = [engine.add(p, recovery, max_tokens=50, ignore_eos=True) for p in prompts]
+        results = engine.run()
+        return {p: results[name].output for p, name in zip(prompts, names, strict=True)}
+
+    in_time = run(0.9)
+    scheduler, late = engine.scheduler, []
+    apply_report = scheduler.apply_report
+
+    def apply_late(report: StepReport, step: int) -> None:
+        late.append((report, step))
+        if len(late) > lag:
+            apply_report(*late.pop(0))
+
+    monkeypatch.setattr(engine.runtime, "report_lag", lag)
+    monkeypatch.setattr(scheduler, "apply_report", apply_late)
+    monkeypatch.setattr(engine, "audit", lambda: None)  # the scheduler's own audit knows the lag
+    assert run(0.9) == in_time
+    preempted = engine.num_preemptions
+    free = engine.free_blocks()
+    with engine.limited_to(90):
+        run(0.9)
+        run(1.0)
+    assert engine.num_preemptions > preempted, "not enough pressure for a preemption"
+    assert engine.free_blocks() == free

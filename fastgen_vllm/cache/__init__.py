@@ -1,7 +1,7 @@
 """Per-head KV cache: pages, head block tables, compaction after prefill, eviction in decode."""
 
 from fastgen_vllm.cache.compaction import Compacted, compact
-from fastgen_vllm.cache.eviction import DecodeStep, plan_decode
+from fastgen_vllm.cache.eviction import DecodeStep, check_pages, plan_decode
 from fastgen_vllm.cache.head_tables import HeadTables, OutOfPagesError
 from fastgen_vllm.cache.pages import PagePool
 
@@ -11,6 +11,7 @@ __all__ = [
     "HeadTables",
     "OutOfPagesError",
     "PagePool",
+    "check_pages",
     "compact",
     "plan_decode",
 ]

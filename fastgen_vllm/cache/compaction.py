@@ -72,6 +72,7 @@ def compact(
     num_stay = -(-(in_use + growing) // pool.pages_per_block)
     pages, free = _gather_in_front(pool, pages, used, num_stay, kernels)
 
+    tables.bounds[request_id] = int(lengths.max())
     tables.ensure_pages(int(used.max()))
     tables.page_table[row] = 0
     width = pages.shape[-1]

@@ -22,10 +22,15 @@ class DecodeStep:
     Attributes:
         rows: int64 ``[N]``, of the head tables.
         slots: int64 ``[N, L, H]``, the newest token's ``page * block_size + offset``.
+        max_pages: no head of the batch has more pages.
+        short: index of a request that owns too few free pages, or -1: an int, or int32 ``[1]``
+            where the kernels run on a device and the host has not waited for them.
     """
 
     rows: torch.Tensor
     slots: torch.Tensor
+    max_pages: int
+    short: int | torch.Tensor
 
 
 def plan_decode(
@@ -46,12 +51,13 @@ def plan_decode(
         frequent_score: ``sum`` or ``mean``.
 
     Raises:
-        OutOfPagesError: the scheduler granted fewer blocks than the heads need.
+        OutOfPagesError: the scheduler granted fewer blocks than the heads need. Where the kernels
+            run on a device, ``check_pages`` raises it later.
     """
     rows = tables.rows_of(request_ids)
-    longest = int(tables.lengths[rows].max())
-    tables.ensure_pages(longest // tables.pool.block_size + 1)
-    slots = torch.empty((len(rows), *tables.lengths.shape[1:]), dtype=torch.int64).to(rows.device)
+    max_pages = tables.grow_bounds(request_ids)
+    shape = (len(rows), *tables.lengths.shape[1:])
+    slots = torch.empty(shape, dtype=torch.int64, device=rows.device)
     short = kernels.plan_decode(
         rows,
         num_tokens,
@@ -69,7 +75,14 @@ def plan_decode(
         tables.pool.scores,
         slots,
     )
+    if isinstance(short, int):
+        check_pages(request_ids, short)
+    return DecodeStep(rows, slots, max_pages, short)
+
+
+def check_pages(request_ids: Sequence[str], short: int) -> None:
+    """Raises:
+    OutOfPagesError: request ``short`` owned too few free pages.
+    """
     if short >= 0:
-        owned = int(tables.num_free[rows[short]])
-        raise OutOfPagesError(f"{request_ids[short]} owns {owned} free pages, too few to grow")
-    return DecodeStep(rows, slots)
+        raise OutOfPagesError(f"{request_ids[short]} owns too few free pages to grow")

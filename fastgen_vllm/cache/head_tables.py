@@ -36,6 +36,8 @@ class HeadTables:
         free_pages: int32 ``[R, 2 * L * H]``, a stack of pages that the request owns unused.
         num_free: int32 ``[R]``, its height.
         blocks: the block ids that each request owns.
+        bounds: no head of the request has more slots. Kept on the host, so that a decode step
+            need not wait for a device to learn its shapes.
     """
 
     def __init__(self, pool: PagePool, num_rows: int = 8, max_pages: int = 16) -> None:
@@ -54,6 +56,7 @@ class HeadTables:
         self.num_free = zeros(num_rows)
         self.rows: dict[str, int] = {}
         self.blocks: dict[str, list[int]] = {}
+        self.bounds: dict[str, int] = {}
         self._free_rows = list(range(num_rows))[::-1]
         self._last_rows: tuple[list[str], torch.Tensor] | None = None
 
@@ -82,7 +85,7 @@ class HeadTables:
         row = self.rows.pop(request_id, None)
         if row is None:
             return
-        del self.blocks[request_id]
+        del self.blocks[request_id], self.bounds[request_id]
         self.page_table[row] = 0
         self.lengths[row] = 0
         self.num_free[row] = 0
@@ -91,11 +94,21 @@ class HeadTables:
     def grant(self, request_id: str, blocks: Sequence[int]) -> None:
         """The scheduler gave the request more blocks: their pages become its free pages."""
         row = self.rows[request_id]
-        pages = self.pool.pages_of(torch.tensor(blocks, device=self.page_table.device)).flatten()
-        start = int(self.num_free[row])
-        self.free_pages[row, start : start + len(pages)] = pages.int()
+        device = self.page_table.device
+        pages = self.pool.pages_of(torch.tensor(blocks, device=device)).flatten()
+        top = self.num_free[row] + torch.arange(len(pages), device=device)
+        self.free_pages[row].scatter_(0, top, pages.int())
         self.num_free[row] += len(pages)
         self.blocks[request_id].extend(blocks)
+
+    def grow_bounds(self, request_ids: Sequence[str]) -> int:
+        """Each request may get one slot more in every head; returns the most pages of a head."""
+        for request_id in request_ids:
+            self.bounds[request_id] += 1
+        longest = max(self.bounds[request_id] for request_id in request_ids)
+        max_pages = -(-longest // self.pool.block_size)
+        self.ensure_pages(max_pages)
+        return max_pages
 
     def ensure_pages(self, max_pages: int) -> None:
         """Widen the table to at least ``max_pages`` pages a head."""

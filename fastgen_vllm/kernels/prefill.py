@@ -9,6 +9,7 @@ attention in front.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -27,7 +28,7 @@ def sdpa(
     Its causal mask starts at the first key, so the prefix and the chunk itself are attended
     separately and merged.
     """
-    c, prefix = query.shape[0], key.shape[0] - query.shape[0]
+    prefix = key.shape[0] - query.shape[0]
     own, own_lse = _sdpa(query, key[prefix:], value[prefix:], scale, True)
     if not prefix:
         return own, own_lse
@@ -35,7 +36,6 @@ def sdpa(
     lse = torch.logaddexp(own_lse, before_lse)
     output = own.float() * (own_lse - lse).exp()[..., None]
     output += before.float() * (before_lse - lse).exp()[..., None]
-    assert output.shape[0] == c
     return output.to(query.dtype), lse
 
 
@@ -71,7 +71,7 @@ def xformers(
     return output[0], lse[0, :, :, :c].permute(2, 0, 1).float()
 
 
-def _xformers_problem() -> str:
+def _xformers_problem(dtype: torch.dtype) -> str:
     try:
         from xformers.ops import fmha
     except ImportError as error:
@@ -81,22 +81,17 @@ def _xformers_problem() -> str:
     return "" if hasattr(fmha, "memory_efficient_attention_forward_requires_grad") else "too old"
 
 
-LIBRARIES: list[tuple[str, Callable[[], str], Attend]] = [
+LIBRARIES: list[tuple[str, Callable[[torch.dtype], str], Attend]] = [
     ("xformers", _xformers_problem, xformers),
-    ("PyTorch SDPA", lambda: "", sdpa),
+    ("PyTorch SDPA", lambda dtype: "", sdpa),
 ]
-"""Name, what keeps it from running here (empty: nothing), and the function. The first that can
-run serves."""
-
-_chosen: tuple[str, Attend] | None = None
+"""Name, what keeps it from attending a dtype here (empty: nothing), and the function."""
 
 
-def choose() -> tuple[str, Attend]:
-    """The library that serves this process, chosen at the first call."""
-    global _chosen
-    if _chosen is None:
-        _chosen = next((name, attend) for name, problem, attend in LIBRARIES if not problem())
-    return _chosen
+@cache
+def choose(dtype: torch.dtype) -> tuple[str, Attend]:
+    """The first library that can serve a cache of this dtype in this process."""
+    return next((name, attend) for name, problem, attend in LIBRARIES if not problem(dtype))
 
 
 def prefill_attention(
@@ -110,6 +105,6 @@ def prefill_attention(
     """As ``reference.prefill_attention``."""
     content = pages[page_table].flatten(1, 2)[:, :num_keys].transpose(0, 1)
     key, value = content.chunk(2, dim=-1)
-    attended, lse = choose()[1](query.to(pages.dtype), key, value, scale)
+    attended, lse = choose(pages.dtype)[1](query.to(pages.dtype), key, value, scale)
     output.copy_(attended)
     return lse

@@ -19,24 +19,26 @@ def select(choice: KernelChoice, device_type: str, head_size: int, dtype: torch.
     """The implementation for a cache of this device, head size and dtype.
 
     Args:
-        choice: ``auto``, ``native``, or ``reference``.
+        choice: ``auto``, ``native``, ``cuda`` (decode attention in CUDA C++, the rest in Triton),
+            or ``reference``.
 
     Raises:
-        FastGenConfigError: ``native`` was asked for and cannot serve this cache.
+        FastGenConfigError: ``native`` or ``cuda`` was asked for and cannot serve this cache.
     """
     reference = importlib.import_module("fastgen_vllm.kernels.reference")
     if choice == "reference":
         return reference
-    if device_type == "cpu":
-        cpu = importlib.import_module("fastgen_vllm.kernels.cpu")
-        problem = cpu.problem(head_size, dtype)
-        if not problem:
-            return cpu
-    else:
+    names = {"cpu": "cpu", "cuda": "cuda" if choice == "cuda" else "triton"}
+    if device_type not in names or (choice == "cuda" and device_type != "cuda"):
         problem = f"there are none for {device_type}"
-    if choice == "native":
+    else:
+        native = importlib.import_module(f"fastgen_vllm.kernels.{names[device_type]}")
+        problem = native.problem(head_size, dtype)
+        if not problem:
+            return native
+    if choice != "auto":
         raise FastGenConfigError(
-            f"fastgen.kernels: 'native' was asked for, but {problem}; "
-            "set it to 'auto' to run the slower plain-PyTorch kernels"
+            f"fastgen.kernels: '{choice}' was asked for, but {problem}; "
+            "set it to 'auto' to run what serves this cache"
         )
     return reference

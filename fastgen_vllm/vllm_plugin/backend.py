@@ -73,10 +73,11 @@ class FastGenMetadataBuilder(AttentionMetadataBuilder[Step]):
         common = common_attn_metadata
         step = self.runtime.start_step(
             self.runner.input_batch.req_ids[: common.num_reqs],
-            common.query_start_loc,
+            common.query_start_loc_cpu,
             common.seq_lens,
             common.block_table_tensor,
             self.runner.input_ids.gpu[: common.num_actual_tokens],
+            common.seq_lens_cpu_upper_bound,
         )
         self.runner.fastgen_step = step
         return step

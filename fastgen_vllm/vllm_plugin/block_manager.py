@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,6 +14,9 @@ from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from fastgen_vllm.config import FastGenConfigError
 
+REMEMBERED_STEPS = 8
+"""More than a report can be late."""
+
 
 class FastGenBlockManager(FullAttentionManager):
     """Keeps one list entry per ``block_size`` tokens, null where a block was vacated.
@@ -20,13 +24,35 @@ class FastGenBlockManager(FullAttentionManager):
     A request is compressed from its first report on. From then on its list grows by a real block
     only where its free pages could run short before the next boundary: within ``block_size``
     tokens a head crosses at most one page boundary, so a block's worth of pages is enough.
+
+    A report may be read some steps after its own, so blocks given and requests preempted since
+    then are remembered by step.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.free_pages: dict[str, int] = {}
+        self.step = 0
+        self._given: deque[tuple[int, str, list[int]]] = deque()
+        self._left: deque[tuple[int, str]] = deque()
         self.pages_per_block = 0
         """``L * H``; the scheduler sets it, since a spec knows one layer only."""
+
+    def begin_step(self) -> None:
+        """The scheduler plans the next step."""
+        self.step += 1
+        for remembered in (self._given, self._left):
+            while remembered and remembered[0][0] <= self.step - REMEMBERED_STEPS:
+                remembered.popleft()
+
+    def given_since(self, step: int, request_id: str) -> list[int]:
+        """Ids of the blocks that the request was given in steps after ``step``."""
+        return [b for s, r, blocks in self._given if s > step and r == request_id for b in blocks]
+
+    def left_since(self, step: int, request_id: str) -> bool:
+        """Whether the request gave all its blocks back in a step after ``step``, as a preempted
+        request does."""
+        return any(s > step and r == request_id for s, r in self._left)
 
     def vacate(self, request_id: str, block_ids: Sequence[int]) -> None:
         """Free the blocks that the worker handed back, leaving null blocks in their places."""
@@ -54,6 +80,7 @@ class FastGenBlockManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         if self._needs_blocks(request_id):
             new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+            self._given.append((self.step, request_id, [block.block_id for block in new_blocks]))
             if request_id in self.free_pages:
                 self.free_pages[request_id] += len(new_blocks) * self.pages_per_block
             return new_blocks
@@ -64,6 +91,7 @@ class FastGenBlockManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.free_pages.pop(request_id, None)
+        self._left.append((self.step, request_id))
         return super().pop_blocks_for_free(request_id)
 
     def _needs_blocks(self, request_id: str) -> bool:

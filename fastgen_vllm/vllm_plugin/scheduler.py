@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -14,9 +15,14 @@ from fastgen_vllm.vllm_plugin.settings import fastgen_config
 
 logger = init_logger("vllm.fastgen")
 
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as SchedulerBase
+else:
+    SchedulerBase = object
 
-class FastGenScheduler(Scheduler):
-    """vLLM's scheduler, reading the worker's report before each step's outputs."""
+
+class FastGenSchedulerMixin(SchedulerBase):
+    """Reads the worker's report of a step before the step's outputs, however late they come."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,28 +43,40 @@ class FastGenScheduler(Scheduler):
             config.min_prompt_tokens,
         )
 
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self.block_manager.begin_step()
+        output = super().schedule(*args, **kwargs)
+        output.fastgen_step = self.block_manager.step
+        return output
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         report = getattr(model_runner_output, "fastgen_report", None)
         if report is not None:
-            self._apply(report)
+            self.apply_report(report, scheduler_output.fastgen_step)
         return super().update_from_output(scheduler_output, model_runner_output)
 
-    def _apply(self, report: StepReport) -> None:
+    def apply_report(self, report: StepReport, step: int) -> None:
+        """Take back what was vacated in ``step``; later steps may have been planned since."""
         manager = self.block_manager
-        alive = [r for r in report.free_pages if r in manager.req_to_blocks]
+        alive = [
+            r
+            for r in report.free_pages
+            if r in manager.req_to_blocks and not manager.left_since(step, r)
+        ]
         for request_id in alive:
             manager.vacate(request_id, report.vacated.get(request_id, ()))
-            manager.free_pages[request_id] = report.free_pages[request_id]
+            given = len(manager.given_since(step, request_id)) * manager.pages_per_block
+            manager.free_pages[request_id] = report.free_pages[request_id] + given
             if request_id in report.kept:
                 self.kept[request_id] = report.kept[request_id]
         if self.debug and report.owned is not None:
-            self._audit(report.owned, alive)
+            self._audit(report.owned, alive, step)
 
-    def _audit(self, owned: dict[str, list[int]], alive: list[str]) -> None:
+    def _audit(self, owned: dict[str, list[int]], alive: list[str], step: int) -> None:
         manager, pool = self.block_manager, self.block_manager.block_pool
         for request_id in alive:
             ours = sorted(manager.owned_blocks(request_id))
-            theirs = sorted(owned[request_id])
+            theirs = sorted([*owned[request_id], *manager.given_since(step, request_id)])
             assert ours == theirs, f"{request_id}: scheduler {ours}, worker {theirs}"
         held = [b for r in manager.req_to_blocks for b in manager.owned_blocks(r)]
         assert len(held) == len(set(held)), "a block has two owners"
@@ -79,3 +97,11 @@ class FastGenScheduler(Scheduler):
         }
         logger.debug("FASTGEN %s: %s", request.request_id, summary)
         return {**(transfer or {}), "fastgen": summary}, ec_transfer
+
+
+class FastGenScheduler(FastGenSchedulerMixin, Scheduler):
+    """Over vLLM's scheduler."""
+
+
+class FastGenAsyncScheduler(FastGenSchedulerMixin, AsyncScheduler):
+    """Over vLLM's asynchronous scheduler, which plans a step before it has read the last."""

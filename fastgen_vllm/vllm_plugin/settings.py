@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
@@ -15,7 +17,12 @@ from fastgen_vllm.vllm_plugin import BACKEND_NAME, BACKEND_PATH
 logger = init_logger("vllm.fastgen")
 
 SCHEDULER = "fastgen_vllm.vllm_plugin.scheduler.FastGenScheduler"
-CPU_WORKER = "fastgen_vllm.vllm_plugin.worker.FastGenCPUWorker"
+ASYNC_SCHEDULER = "fastgen_vllm.vllm_plugin.scheduler.FastGenAsyncScheduler"
+WORKERS = {
+    "cpu": "fastgen_vllm.vllm_plugin.worker.FastGenCPUWorker",
+    "cuda": "fastgen_vllm.vllm_plugin.worker.FastGenGPUWorker",
+}
+V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 _active: FastGenConfig | None = None
 """Settings of this process's engine that chose FASTGEN, which request validation is not told."""
@@ -38,7 +45,10 @@ def fastgen_config(vllm_config: Any) -> FastGenConfig:
 
 
 def prepare_engine_args(args: Any) -> None:
-    """Switch off prefix caching where it is only vLLM's default."""
+    """Switch off prefix caching and the V2 model runner where they are only vLLM's default.
+
+    vLLM reads the choice of runner from the environment, in every process of the engine.
+    """
     attention = args.attention_config
     nested = attention.get("backend") if isinstance(attention, dict) else attention.backend
     if not (is_fastgen(args.attention_backend) or is_fastgen(nested)):
@@ -46,6 +56,7 @@ def prepare_engine_args(args: Any) -> None:
     if args.enable_prefix_caching is None:
         args.enable_prefix_caching = False
         logger.info("FASTGEN: prefix caching is off, it cannot share compressed blocks yet")
+    os.environ.setdefault(V2_RUNNER, "0")
 
 
 def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
@@ -62,14 +73,20 @@ def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
         )
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     cache = vllm_config.cache_config
-    scheduler.scheduler_cls = SCHEDULER
-    parallel.worker_cls = CPU_WORKER
+    device = vllm_config.device_config.device_type
+    parallel.worker_cls = WORKERS[device]
+    if device == "cuda":
+        # Captured decode steps have not been shown right on a device, so they are not switched on.
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        logger.info("FASTGEN: V1 model runner, CUDA graphs off")
     if cache.user_specified_block_size and cache.block_size != config.block_size:
         raise FastGenConfigError(
             f"--block-size {cache.block_size} and fastgen.block_size {config.block_size} differ; "
             "set only fastgen.block_size"
         )
     original(vllm_config)
+    # vLLM's CPU platform switches asynchronous scheduling off only now.
+    scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
     cache.block_size = config.block_size
 
 
@@ -78,7 +95,11 @@ def _unsupported(vllm_config: Any) -> list[str]:
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     device = vllm_config.device_config.device_type
     problems = [
-        (device != "cpu", f"device {device} (only CPU so far); choose another backend"),
+        (device not in WORKERS, f"device {device} (only CPU and CUDA); choose another backend"),
+        (
+            vllm_config.use_v2_model_runner,
+            f"the V2 model runner; leave {V2_RUNNER} out or set it to 0",
+        ),
         (
             cache.enable_prefix_caching,
             "prefix caching; pass --no-enable-prefix-caching or leave the option out",
@@ -96,11 +117,11 @@ def _unsupported(vllm_config: Any) -> list[str]:
             "KV connectors; leave --kv-transfer-config and KV offloading out",
         ),
         (
-            scheduler.scheduler_cls is not None and scheduler.scheduler_cls != SCHEDULER,
+            scheduler.scheduler_cls not in (None, SCHEDULER, ASYNC_SCHEDULER),
             f"another scheduler; --scheduler-cls {scheduler.scheduler_cls}, leave it out",
         ),
         (
-            parallel.worker_cls not in ("auto", CPU_WORKER),
+            parallel.worker_cls not in ("auto", *WORKERS.values()),
             f"another worker; --worker-cls {parallel.worker_cls}, leave it out",
         ),
     ]

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from fastgen_vllm.config import RequestOverride
-from fastgen_vllm.kernels import cpu, reference
-from fastgen_vllm.runtime import Runtime, StepReport
+from fastgen_vllm.kernels import cpu, prefill, reference
+from fastgen_vllm.runtime import PendingReport, Runtime
 from fastgen_vllm.tokens import TokenFlags
+from fastgen_vllm.vllm_plugin import flash_attention
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
 
 logger = init_logger("vllm.fastgen")
@@ -27,7 +30,7 @@ class FastGenWorkerMixin(WorkerBase):
     """Over a vLLM worker with the V1 model runner."""
 
     runtime: Runtime
-    report: StepReport | None = None
+    pending: PendingReport | None = None
 
     def initialize_from_config(self: Any, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
@@ -42,9 +45,19 @@ class FastGenWorkerMixin(WorkerBase):
             model_config.get_vocab_size(),
             config.extra_special_tokens,
         )
-        self.runtime = Runtime(config, flags, kv, layers[0].num_heads // layers[0].num_kv_heads)
+        if kv.device.type == "cuda":
+            flash_attention.prefer()
+        self.runtime = Runtime(
+            config,
+            flags.to(kv.device),
+            kv,
+            layers[0].num_heads // layers[0].num_kv_heads,
+            report_lag=int(bool(self.vllm_config.scheduler_config.async_scheduling)),
+        )
         logger.info("FASTGEN: %s kernels on %s", self.runtime.kernels.NAME, kv.device.type)
-        if config.kernels == "auto" and self.runtime.kernels is reference:
+        if kv.device.type == "cuda":
+            logger.info("FASTGEN: prefill attention from %s", prefill.choose(kv.dtype)[0])
+        elif config.kernels == "auto" and self.runtime.kernels is reference:
             problem = cpu.problem(kv.shape[-1] // 2, kv.dtype)
             logger.warning("FASTGEN: the native kernels are not used, which is slower: %s", problem)
         stride = kv.stride(1)
@@ -61,12 +74,16 @@ class FastGenWorkerMixin(WorkerBase):
         self.model_runner.fastgen_step = None
         output = super().execute_model(scheduler_output)
         step = self.model_runner.fastgen_step
-        self.report = None if step is None else self.runtime.finish_step(step)
+        self.pending = None if step is None else self.runtime.finish_step(step)
         return output
 
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
-        output = super().sample_tokens(grammar_output)
-        output.fastgen_report = self.report
+        output, pending = super().sample_tokens(grammar_output), self.pending
+        if pending is None:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _WithReport(output, pending)
+        output.fastgen_report = pending.get()
         return output
 
     def _follow(self: Any, scheduler_output: Any) -> None:
@@ -82,15 +99,30 @@ class FastGenWorkerMixin(WorkerBase):
         for i, request_id in enumerate(cached.req_ids):
             if request_id in cached.resumed_req_ids:
                 state = self.model_runner.requests[request_id]
-                outputs = state.output_token_ids[: cached.num_output_tokens[i]]
-                tokens = [*state.prompt_token_ids, *outputs]
+                tokens = cached.all_token_ids[request_id]
                 runtime.begin_prefill(request_id, tokens, _override(state.sampling_params))
             elif cached.new_block_ids[i] is not None:
                 runtime.grant(request_id, cached.new_block_ids[i][0])
 
 
+class _WithReport(AsyncModelRunnerOutput):
+    """The report travels to the host with the sampled tokens."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, pending: PendingReport) -> None:
+        self._output, self._pending = output, pending
+
+    def get_output(self) -> ModelRunnerOutput:
+        output: Any = self._output.get_output()
+        output.fastgen_report = self._pending.get()
+        return output
+
+
 class FastGenCPUWorker(FastGenWorkerMixin, CPUWorker):
     """vLLM's CPU worker with FastGen."""
+
+
+class FastGenGPUWorker(FastGenWorkerMixin, GPUWorker):
+    """vLLM's CUDA worker with FastGen."""
 
 
 def _override(sampling_params: Any) -> RequestOverride:

@@ -9,6 +9,9 @@ of K and V in 16 bits).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -194,6 +197,157 @@ def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@dataclass(frozen=True)
+class FirstPass:
+    """Arguments of the first pass: ``reference.decode_attention``'s and where it leaves its parts.
+
+    Attributes:
+        logits: float32 ``[N, H, max_slots, G]``, base 2, written for heads that keep scores.
+        partial: float32 ``[N, H, splits, G, D]``, written.
+        partial_lse: float32 ``[N, H, splits, G]``, base 2, written.
+        split_slots: slots of a split.
+    """
+
+    query: torch.Tensor
+    pages: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor
+    page_table: torch.Tensor
+    lengths: torch.Tensor
+    keeps_scores: torch.Tensor
+    logits: torch.Tensor
+    partial: torch.Tensor
+    partial_lse: torch.Tensor
+    scale_log2: float
+    split_slots: int
+    max_slots: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        n, heads, num_splits = self.partial.shape[:3]
+        return n * heads, num_splits
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.partial.shape[1], self.split_slots, self.partial.shape[2], self.max_slots
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (
+            *self.page_table.stride()[:2],
+            *self.lengths.stride(),
+            *self.keeps_scores.stride(),
+        )
+
+    @property
+    def constants(self) -> dict[str, int]:
+        group, head_size = self.query.shape[2:]
+        return {
+            "G": group,
+            "D": head_size,
+            "D_PAD": max(16, triton.next_power_of_2(head_size)),
+            "BLOCK_SIZE": self.pages.shape[1],
+            "TILE": _tile(head_size),
+        }
+
+
+def _tile(head_size: int) -> int:
+    return 64 if head_size <= 128 else 32
+
+
+def attend(p: FirstPass) -> None:
+    """The first pass in Triton."""
+    attend_kernel[p.grid](
+        p.query,
+        p.pages,
+        p.positions,
+        p.rows,
+        p.page_table,
+        p.lengths,
+        p.keeps_scores,
+        p.logits,
+        p.partial,
+        p.partial_lse,
+        p.scale_log2,
+        *p.sizes,
+        *p.query.stride()[:3],
+        *p.strides,
+        # 16 rows are the least that tensor cores multiply.
+        G_PAD=max(16, triton.next_power_of_2(p.query.shape[2])),
+        INTERPRETED=INTERPRETED,
+        **p.constants,
+    )
+
+
+def merge(p: FirstPass, scores: torch.Tensor, output: torch.Tensor) -> None:
+    """The second pass."""
+    merge_kernel[p.grid](
+        p.positions,
+        p.rows,
+        p.page_table,
+        p.lengths,
+        p.keeps_scores,
+        scores,
+        p.logits,
+        p.partial,
+        p.partial_lse,
+        output,
+        *p.sizes,
+        *output.stride()[:3],
+        *p.strides,
+        G_PAD=triton.next_power_of_2(p.query.shape[2]),
+        SPLITS_PAD=triton.next_power_of_2(p.partial.shape[2]),
+        **p.constants,
+    )
+
+
+def decode_in_parts(
+    first_pass: Callable[[FirstPass], None],
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    positions: torch.Tensor,
+    rows: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    keeps_scores: torch.Tensor,
+    scores: torch.Tensor,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """Both passes, over as many requests at once as the scratch for logits allows."""
+    n, heads, group, head_size = query.shape
+    max_slots = page_table.shape[2] * pages.shape[1]
+    assert query.stride(3) == output.stride(3) == page_table.stride(2) == 1
+    assert pages.is_contiguous() and positions.is_contiguous() and scores.is_contiguous()
+    at_once = max(1, _LOGITS_BYTES // (heads * max_slots * group * 4))
+    for start in range(0, n, at_once):
+        part = slice(start, min(start + at_once, n))
+        count = part.stop - part.start
+        size = split_size(count * heads, max_slots, _tile(head_size), query.device)
+        splits = triton.cdiv(max_slots, size)
+
+        def scratch(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=query.device)
+
+        arguments = FirstPass(
+            query[part],
+            pages,
+            positions,
+            rows[part],
+            page_table,
+            lengths,
+            keeps_scores,
+            scratch(count, heads, max_slots, group),
+            scratch(count, heads, splits, group, head_size),
+            scratch(count, heads, splits, group),
+            scale * LOG2_E,
+            size,
+            max_slots,
+        )
+        first_pass(arguments)
+        merge(arguments, scores, output[part])
+
+
 def decode_attention(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -207,65 +361,8 @@ def decode_attention(
     output: torch.Tensor,
 ) -> None:
     """As ``reference.decode_attention``. ``page_table``'s width bounds the heads' lengths."""
-    n, heads, group, head_size = query.shape
-    block_size = pages.shape[1]
-    assert query.stride(3) == output.stride(3) == page_table.stride(2) == 1
-    assert pages.is_contiguous() and positions.is_contiguous() and scores.is_contiguous()
-    max_slots = page_table.shape[2] * block_size
-    part = max(1, _LOGITS_BYTES // (heads * max_slots * group * 4))
-    for start in range(0, n, part):
-        some = slice(start, min(start + part, n))
-        _decode(
-            query[some],
-            pages,
-            positions,
-            rows[some],
-            page_table,
-            lengths,
-            keeps_scores,
-            scores,
-            scale,
-            output[some],
-            max_slots,
-        )
-
-
-def _decode(
-    query: torch.Tensor,
-    pages: torch.Tensor,
-    positions: torch.Tensor,
-    rows: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    keeps_scores: torch.Tensor,
-    scores: torch.Tensor,
-    scale: float,
-    output: torch.Tensor,
-    max_slots: int,
-) -> None:
-    n, heads, group, head_size = query.shape
-    tile = 64 if head_size <= 128 else 32
-    size = split_size(n * heads, max_slots, tile, query.device)
-    num_splits = triton.cdiv(max_slots, size)
-    empty = query.new_empty
-    logits = empty((n, heads, max_slots, group), dtype=torch.float32)
-    partial = empty((n, heads, num_splits, group, head_size), dtype=torch.float32)
-    partial_lse = empty((n, heads, num_splits, group), dtype=torch.float32)
-    grid = (n * heads, num_splits)
-    sizes = (heads, size, num_splits, max_slots)
-    strides = (
-        *page_table.stride()[:2],
-        *lengths.stride(),
-        *keeps_scores.stride(),
-    )
-    common = {
-        "G": group,
-        "D": head_size,
-        "D_PAD": max(16, triton.next_power_of_2(head_size)),
-        "BLOCK_SIZE": pages.shape[1],
-        "TILE": tile,
-    }
-    attend_kernel[grid](
+    decode_in_parts(
+        attend,
         query,
         pages,
         positions,
@@ -273,32 +370,7 @@ def _decode(
         page_table,
         lengths,
         keeps_scores,
-        logits,
-        partial,
-        partial_lse,
-        scale * LOG2_E,
-        *sizes,
-        *query.stride()[:3],
-        *strides,
-        G_PAD=max(16, triton.next_power_of_2(group)),  # the least that tensor cores multiply
-        INTERPRETED=INTERPRETED,
-        **common,
-    )
-    merge_kernel[grid](
-        positions,
-        rows,
-        page_table,
-        lengths,
-        keeps_scores,
         scores,
-        logits,
-        partial,
-        partial_lse,
+        scale,
         output,
-        *sizes,
-        *output.stride()[:3],
-        *strides,
-        G_PAD=triton.next_power_of_2(group),
-        SPLITS_PAD=triton.next_power_of_2(num_splits),
-        **common,
     )

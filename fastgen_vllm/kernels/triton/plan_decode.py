@@ -182,7 +182,7 @@ def plan_decode(
 
     A request that is short of pages is left as it was and its token goes to page 0.
     """
-    num_rows, layers, heads, _ = page_table.shape
+    layers, heads = page_table.shape[1:3]
     total, block_size = layers * heads, positions.shape[1]
     assert page_table.stride(1) == heads * page_table.stride(2) and page_table.stride(3) == 1
     for tensor in (lengths, num_sticky, policy, num_free, positions, scores, slots):

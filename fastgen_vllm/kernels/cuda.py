@@ -1,0 +1,129 @@
+"""Decode attention of csrc/cuda; the merge of its splits and every other operation in Triton."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fastgen_vllm.kernels import triton
+from fastgen_vllm.kernels.triton import (
+    attention_mass,
+    move_pages,
+    pack_slots,
+    plan_decode,
+    prefill_attention,
+    write_kv,
+)
+from fastgen_vllm.kernels.triton.decode_attention import FirstPass, decode_in_parts
+
+__all__ = [
+    "attention_mass",
+    "decode_attention",
+    "move_pages",
+    "pack_slots",
+    "plan_decode",
+    "prefill_attention",
+    "write_kv",
+]
+
+NAME = "CUDA C++ and Triton"
+HEAD_SIZES = (64, 128)
+DTYPES = (torch.float16, torch.bfloat16)
+MAX_GROUP = 8
+LIBRARY = Path(__file__).parent.parent / "_cuda.so"
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(LIBRARY))
+
+
+def problem(head_size: int, dtype: torch.dtype) -> str:
+    """Why these kernels cannot serve such a cache, or an empty string."""
+    if head_size not in HEAD_SIZES:
+        return f"head size {head_size} is none of {HEAD_SIZES}"
+    if dtype not in DTYPES:
+        return f"the cache's dtype is {dtype}, not float16 or bfloat16"
+    if not LIBRARY.exists():
+        return (
+            "the CUDA kernels were not built (reinstall where nvcc and a CUDA build of torch are, "
+            "with --no-build-isolation)"
+        )
+    return triton.problem(head_size, dtype)
+
+
+def _attend(p: FirstPass) -> None:
+    n, heads, group, head_size = p.query.shape
+    if group > MAX_GROUP:
+        raise ValueError(f"groups of {group} query heads; the CUDA kernel has up to {MAX_GROUP}")
+    # 16-byte loads.
+    assert all(stride % 8 == 0 for stride in p.query.stride()[:3])
+    tensors = (
+        p.query,
+        p.pages,
+        p.positions,
+        p.rows,
+        p.page_table,
+        p.lengths,
+        p.keeps_scores,
+        p.logits,
+        p.partial,
+        p.partial_lse,
+    )
+    strides = (
+        *p.query.stride()[:3],
+        *p.page_table.stride()[:2],
+        *p.lengths.stride(),
+        *p.keeps_scores.stride(),
+    )
+    sizes = (
+        n,
+        heads,
+        group,
+        head_size,
+        p.pages.shape[1],
+        p.split_slots,
+        p.partial.shape[2],
+        p.max_slots,
+        int(p.pages.dtype == torch.bfloat16),
+    )
+    error = _library().fastgen_decode_attention(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        ctypes.c_float(p.scale_log2),
+        *map(ctypes.c_int, sizes),
+        (ctypes.c_int64 * len(strides))(*strides),
+        ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+    )
+    if error:
+        raise RuntimeError(f"the CUDA decode kernel was not launched: cudaError_t {error}")
+
+
+def decode_attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    positions: torch.Tensor,
+    rows: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    keeps_scores: torch.Tensor,
+    scores: torch.Tensor,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """As ``reference.decode_attention``."""
+    decode_in_parts(
+        _attend,
+        query.to(pages.dtype),
+        pages,
+        positions,
+        rows,
+        page_table,
+        lengths,
+        keeps_scores,
+        scores,
+        scale,
+        output,
+    )

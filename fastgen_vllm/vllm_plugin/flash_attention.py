@@ -1,0 +1,52 @@
+"""vLLM's own flash attention for prefill, where its build has it for this GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgen_vllm.kernels import prefill
+
+NAME = "vLLM's flash attention"
+
+
+def _problem(dtype: torch.dtype) -> str:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it has no kernels for {dtype}"
+    try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+        from vllm.vllm_flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError as error:
+        return f"not importable ({error})"
+    return "" if get_flash_attn_version() else "this GPU is not supported"
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``prefill.Attend``. Its causal mask ends at the last key, as a chunk needs."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    c, heads, groups, _ = query.shape
+    m, device = key.shape[0], query.device
+    output, lse = flash_attn_varlen_func(
+        query.flatten(1, 2),
+        key,
+        value,
+        max_seqlen_q=c,
+        cu_seqlens_q=torch.tensor([0, c], dtype=torch.int32, device=device),
+        max_seqlen_k=m,
+        cu_seqlens_k=torch.tensor([0, m], dtype=torch.int32, device=device),
+        softmax_scale=scale,
+        causal=True,
+        return_softmax_lse=True,
+        fa_version=get_flash_attn_version(),
+    )
+    shape = (heads, groups)
+    return output.unflatten(1, shape), lse.T.unflatten(1, shape).float()
+
+
+def prefer() -> None:
+    """Put it in front of the other libraries."""
+    if prefill.LIBRARIES[0][0] != NAME:
+        prefill.LIBRARIES.insert(0, (NAME, _problem, attend))
