@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from fastgen_vllm.config import FastGenConfigError
 from fastgen_vllm.vllm_plugin import register
-from fastgen_vllm.vllm_plugin.settings import CPU_WORKER, SCHEDULER
+from fastgen_vllm.vllm_plugin.settings import SCHEDULER, V2_RUNNER, WORKERS
 
 
 def config_of(model: str, **options: Any) -> Any:
@@ -26,7 +26,7 @@ def test_backend_is_chosen_with_no_other_flag(model: str) -> None:
     config = config_of(model)
     assert config.attention_config.backend is AttentionBackendEnum["FASTGEN"]
     assert config.scheduler_config.scheduler_cls == SCHEDULER
-    assert config.parallel_config.worker_cls == CPU_WORKER
+    assert config.parallel_config.worker_cls == WORKERS["cpu"]
     assert config.cache_config.block_size == 16
     assert config.cache_config.enable_prefix_caching is False
     nested = config_of(model, attention_backend=None, attention_config={"backend": "FASTGEN"})

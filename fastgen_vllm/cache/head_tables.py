@@ -13,6 +13,11 @@ class OutOfPagesError(RuntimeError):
     """A head had to grow and its request owned no free page: the accounting is broken."""
 
 
+MOST_FREE_BLOCKS = 3
+"""Blocks' worth of unused pages that a request can own: less than two after its compaction, and one
+granted before the scheduler has read of it; later, one granted on top of less than one that the
+scheduler counts and less than one that late reports hold back."""
+
 _ROW_TENSORS = (
     "page_table",
     "lengths",
@@ -33,7 +38,7 @@ class HeadTables:
         num_sticky: int32 ``[R, L, H]``, sticky tokens among them.
         policy: int64 ``[R, L, H]``, index into the ladder.
         keeps_scores: bool ``[R, L, H]``, heads with a frequent component.
-        free_pages: int32 ``[R, 2 * L * H]``, a stack of pages that the request owns unused.
+        free_pages: int32 ``[R, 3 * L * H]``, a stack of pages that the request owns unused.
         num_free: int32 ``[R]``, its height.
         blocks: the block ids that each request owns.
         bounds: no head of the request has more slots. Kept on the host, so that a decode step
@@ -52,7 +57,7 @@ class HeadTables:
         self.num_sticky = zeros(num_rows, layers, heads)
         self.policy = zeros(num_rows, layers, heads, dtype=torch.int64)
         self.keeps_scores = zeros(num_rows, layers, heads, dtype=torch.bool)
-        self.free_pages = zeros(num_rows, 2 * pool.pages_per_block)
+        self.free_pages = zeros(num_rows, MOST_FREE_BLOCKS * pool.pages_per_block)
         self.num_free = zeros(num_rows)
         self.rows: dict[str, int] = {}
         self.blocks: dict[str, list[int]] = {}
