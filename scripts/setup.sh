@@ -19,7 +19,7 @@ else
 fi
 
 stamp=.venv/.fastgen-setup
-wanted="$device vllm $VLLM_VERSION torch $TORCH_VERSION $(cat pyproject.toml setup.py scripts/setup.sh csrc/cpu/* | sha256sum)"
+wanted="$device vllm $VLLM_VERSION torch $TORCH_VERSION $(cat pyproject.toml setup.py scripts/setup.sh csrc/*/* | sha256sum)"
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
   echo "setup: installing vLLM $VLLM_VERSION for $device into .venv"
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv

@@ -33,12 +33,16 @@ NAME = "CUDA C++ and Triton"
 HEAD_SIZES = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_GROUP = 8
-LIBRARY = Path(__file__).parent.parent / "_cuda.so"
+PACKAGE = Path(__file__).parent.parent
+
+
+def _built() -> Path | None:
+    return next(PACKAGE.glob("_cuda*.so"), None)
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(LIBRARY))
+    return ctypes.CDLL(str(_built()))
 
 
 def problem(head_size: int, dtype: torch.dtype) -> str:
@@ -47,7 +51,7 @@ def problem(head_size: int, dtype: torch.dtype) -> str:
         return f"head size {head_size} is none of {HEAD_SIZES}"
     if dtype not in DTYPES:
         return f"the cache's dtype is {dtype}, not float16 or bfloat16"
-    if not LIBRARY.exists():
+    if _built() is None:
         return (
             "the CUDA kernels were not built (reinstall where nvcc and a CUDA build of torch are, "
             "with --no-build-isolation)"
