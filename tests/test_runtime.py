@@ -1,0 +1,91 @@
+"""Whole steps of the runtime, chunked prompts beside decoding requests: every implementation of
+the kernels gives the reference's outputs and head tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastgen_vllm.config import FastGenConfig, RequestOverride
+from fastgen_vllm.kernels import Kernels, cpu, reference, triton
+from fastgen_vllm.runtime import Runtime
+from fastgen_vllm.tokens import TokenFlags
+
+LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS, VOCAB = 2, 2, 3, 32, 8, 64, 50
+PROMPTS = {"a": 47, "b": 16, "c": 90}
+CHUNK, DECODE_STEPS = 32, 20
+
+
+class Trial:
+    """Plays engine and model: the same blocks, tokens, queries, keys and values every time."""
+
+    def __init__(self, kernels: Kernels, ladder: str) -> None:
+        flags = TokenFlags(torch.arange(VOCAB) < 3, torch.arange(VOCAB) % 7 == 5)
+        config = FastGenConfig(
+            ladder=ladder, recovery=0.8, min_prompt_tokens=2, block_size=BLOCK, debug=True
+        )
+        kv = torch.full((BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE), float("nan"))
+        self.runtime = Runtime(config, flags, kv, GROUP)
+        self.runtime.kernels = kernels
+        self.generator = torch.Generator().manual_seed(5)
+        self.outputs: list[torch.Tensor] = []
+        self.kept: dict[str, int] = {}
+        self._run()
+
+    def _run(self) -> None:
+        runtime, generator = self.runtime, self.generator
+        free = list(range(1, BLOCKS))
+        blocks, seen, left = {}, dict.fromkeys(PROMPTS, 0), {}
+        for name, length in PROMPTS.items():
+            tokens = torch.randint(VOCAB, (length,), generator=generator).tolist()
+            runtime.begin_prefill(name, tokens, RequestOverride())
+            blocks[name] = [free.pop() for _ in range(-(-(length + DECODE_STEPS) // BLOCK))]
+            left[name] = DECODE_STEPS
+        while any(left.values()):
+            batch = [name for name in PROMPTS if left[name]]
+            counts = [min(CHUNK, max(1, PROMPTS[name] - seen[name])) for name in batch]
+            for name, count in zip(batch, counts, strict=True):
+                left[name] -= seen[name] >= PROMPTS[name]
+                seen[name] += count
+                if name in runtime.tables.rows and (seen[name] - 1) % BLOCK == 0:
+                    row = runtime.tables.rows[name]
+                    if int(runtime.tables.num_free[row]) < runtime.pool.pages_per_block:
+                        runtime.grant(name, [blocks[name][(seen[name] - 1) // BLOCK]])
+            num_tokens = sum(counts)
+            table = torch.zeros(len(batch), 16, dtype=torch.int64)
+            for i, name in enumerate(batch):
+                table[i, : len(blocks[name])] = torch.tensor(blocks[name])
+            step = runtime.start_step(
+                batch,
+                torch.tensor([0, *counts]).cumsum(0),
+                torch.tensor([seen[name] for name in batch]),
+                table,
+                torch.randint(VOCAB, (num_tokens,), generator=generator),
+            )
+            for layer in range(LAYERS):
+                qkv = torch.randn(num_tokens, HEADS * (GROUP + 2), SIZE, generator=generator)
+                query, key, value = qkv.split([HEADS * GROUP, HEADS, HEADS], dim=1)
+                output = torch.full((num_tokens, HEADS * GROUP, SIZE), float("nan"))
+                runtime.forward(step, layer, 2 * query, key, value, output, 0.2)
+                self.outputs.append(output)
+            report = runtime.finish_step(step).get()
+            self.kept.update({name: kept.kept_slots for name, kept in report.kept.items()})
+
+    def positions(self, name: str) -> list[list[int]]:
+        """Kept by each head."""
+        tables, pool = self.runtime.tables, self.runtime.pool
+        pages = tables.page_table[tables.rows[name]].flatten(0, 1).long()
+        return [sorted(p for p in head if p >= 0) for head in pool.positions[pages].flatten(1)]
+
+
+@pytest.mark.parametrize("ladder", ["paper", "adaptive"])
+@pytest.mark.parametrize("kernels", [cpu, triton], ids=lambda module: module.__name__)
+def test_whole_steps(kernels: Kernels, ladder: str) -> None:
+    assert cpu.problem(SIZE, torch.float32) == "", "the extension must be built to test it"
+    ours, wanted = Trial(kernels, ladder), Trial(reference, ladder)
+    assert ours.kept == wanted.kept and sum(ours.kept.values()) < LAYERS * HEADS * 153
+    for name in PROMPTS:
+        assert ours.positions(name) == wanted.positions(name)
+    assert len(ours.outputs) == len(wanted.outputs)
+    for a, b in zip(ours.outputs, wanted.outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
