@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from fastgen_vllm.config import FastGenConfig, FastGenConfigError
+from fastgen_vllm.basics import FastGenConfigError
+from fastgen_vllm.config import FastGenConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 DEMO_MODEL = Path(".cache/smollm2-135m-instruct")

@@ -9,17 +9,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-RATIO_UNIT = 10_000
-"""Ratios are whole multiples of 1/10000, so that ``ceil(r * t)`` is exact integer arithmetic."""
-
+from fastgen_vllm.basics import RATIO_UNIT, FastGenConfigError
 
 KernelChoice = Literal["auto", "native", "cuda", "reference"]
 Method = Literal["fastgen", "streaming", "h2o", "snapkv", "pyramidkv", "adakv", "random"]
 QueryWeighting = Literal["uniform", "recent", "last"]
-
-
-class FastGenConfigError(ValueError):
-    """A setting is unknown, of the wrong type or out of range."""
 
 
 class Hybrid(BaseModel):

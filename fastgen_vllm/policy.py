@@ -11,13 +11,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 
-from fastgen_vllm.config import RATIO_UNIT, Hybrid
-
-IntLike = TypeVar("IntLike", int, torch.Tensor)
+from fastgen_vllm.basics import RATIO_UNIT, ceil_ratio
+from fastgen_vllm.config import Hybrid
 
 
 @dataclass(frozen=True)
@@ -98,11 +96,6 @@ class Ladder:
         return (self.special[policy][..., None] & special) | (
             self.punctuation[policy][..., None] & punctuation
         )
-
-
-def ceil_ratio(ratio: IntLike, num_tokens: IntLike) -> IntLike:
-    """``ceil(ratio / 10000 * num_tokens)`` without rounding error; also elementwise on tensors."""
-    return -((-ratio * num_tokens) // RATIO_UNIT)
 
 
 @dataclass(frozen=True)

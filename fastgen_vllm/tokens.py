@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastgen_vllm.config import FastGenConfigError
+from fastgen_vllm.basics import FastGenConfigError
 
 
 def is_punctuation(text: str) -> bool:

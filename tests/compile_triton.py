@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import triton
-from test_kernels import Tables
+from kernel_cases import Tables
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 

@@ -1,6 +1,7 @@
 import pytest
 
-from fastgen_vllm.config import FastGenConfig, FastGenConfigError, Hybrid, RequestOverride
+from fastgen_vllm.basics import FastGenConfigError
+from fastgen_vllm.config import FastGenConfig, Hybrid, RequestOverride
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgen_vllm.config import FastGenConfigError
+from fastgen_vllm.basics import FastGenConfigError
 from fastgen_vllm.kernels import cpu, reference, select
 
 ROOT = Path(__file__).parent.parent

@@ -11,9 +11,9 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from fastgen_vllm.config import FastGenConfigError
+from fastgen_vllm.basics import FastGenConfigError
 from fastgen_vllm.vllm_plugin import register
-from fastgen_vllm.vllm_plugin.settings import SCHEDULER, V2_RUNNER, WORKERS
+from fastgen_vllm.vllm_plugin.settings import SCHEDULER, WORKERS
 
 
 def config_of(model: str, **options: Any) -> Any:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from fastgen_vllm.basics import ceil_ratio
 from fastgen_vllm.config import ADAPTIVE_LADDER, FastGenConfig, Hybrid
 from fastgen_vllm.kernels import reference
-from fastgen_vllm.policy import Choice, Ladder, ceil_ratio, evaluate, kept_keys
+from fastgen_vllm.policy import Choice, Ladder, evaluate, kept_keys
 from fastgen_vllm.profiler import Goal, PromptProfile
 
 LADDER = [

@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from fastgen_vllm.config import FastGenConfigError
+from fastgen_vllm.basics import FastGenConfigError
 from fastgen_vllm.tokens import TokenFlags, is_punctuation
 
 

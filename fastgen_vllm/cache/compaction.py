@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastgen_vllm.basics import EMPTY
 from fastgen_vllm.cache.head_tables import HeadTables
-from fastgen_vllm.cache.pages import EMPTY, PagePool
+from fastgen_vllm.cache.pages import PagePool
 
 if TYPE_CHECKING:
     from fastgen_vllm.kernels import Kernels

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-EMPTY = -1
-"""Position of a slot that holds no token: evicted, or never filled."""
+from fastgen_vllm.basics import EMPTY
 
 
 @dataclass(frozen=True)

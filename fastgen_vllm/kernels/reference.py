@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastgen_vllm.cache.pages import EMPTY
-from fastgen_vllm.policy import ceil_ratio
+from fastgen_vllm.basics import EMPTY, ceil_ratio
 
 NAME = "plain PyTorch"
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
-from fastgen_vllm.config import FastGenConfigError, KernelChoice
+from fastgen_vllm.basics import FastGenConfigError
+
+if TYPE_CHECKING:
+    from fastgen_vllm.config import KernelChoice
 
 Kernels = ModuleType
 """A module with the functions of ``kernels/reference.py`` and a ``NAME``."""

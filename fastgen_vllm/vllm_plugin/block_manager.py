@@ -12,7 +12,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
-from fastgen_vllm.config import FastGenConfigError
+from fastgen_vllm.basics import FastGenConfigError
 
 REMEMBERED_STEPS = 8
 """More than a report can be late."""

@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgen_vllm.cache.pages import EMPTY
-from fastgen_vllm.config import RATIO_UNIT
+from fastgen_vllm.basics import EMPTY, RATIO_UNIT
 
 _INT_MAX = torch.iinfo(torch.int32).max
 
