@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
 KERNELS = {
     "attend_kernel",
@@ -50,9 +52,25 @@ def test_triton_compiles(capability: int, tmp_path: Path) -> None:
 def test_cuda_compiles(tmp_path: Path) -> None:
     """For sm_80, sm_89 and sm_90, as setup.py builds it."""
     library = tmp_path / "_cuda.so"
-    build = ["bash", str(TESTS.parent / "csrc/cuda/build.sh"), str(library)]
+    build = ["bash", str(ROOT / "csrc/cuda/build.sh"), str(library)]
     run = subprocess.run(build, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     assert ctypes.CDLL(str(library)).fastgen_decode_attention
     for capability in (b"sm_80", b"sm_89", b"sm_90"):
         assert capability in library.read_bytes()
+
+
+def test_gpu_check_runs(tmp_path: Path) -> None:
+    """The program for machines with a GPU, with its kernels interpreted on tiny shapes."""
+    out = tmp_path / "check.json"
+    run = subprocess.run(
+        [sys.executable, str(TESTS / "gpu_check.py"), "--interpreted", "--json", str(out)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    report = json.loads(out.read_text())
+    assert report["triton"]["passed"] > 10 and report["triton"]["failed"] == []
+    assert len(report["benchmarks"]["decode"]) == 6 and report["benchmarks"]["left_out"] == []

@@ -9,7 +9,19 @@ import triton.language as tl
 from fastgen_vllm.kernels.triton.common import INTERPRETED, LOG2_E, product
 
 
-@triton.jit
+# What changes from chunk to chunk: no new compilation for its divisors.
+@triton.jit(
+    do_not_specialize=[
+        "num_queries",
+        "num_keys",
+        "first_position",
+        "position_step",
+        "stride_th",
+        "stride_mh",
+        "stride_mg",
+        "stride_mk",
+    ]
+)
 def attention_mass_kernel(
     query,
     pages,

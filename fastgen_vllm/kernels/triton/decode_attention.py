@@ -22,7 +22,11 @@ _LOGITS_BYTES = 1 << 28
 """Scratch for logits: larger batches are attended in parts."""
 
 
-@triton.jit
+_CHANGING = ["num_splits", "max_slots", "stride_tr", "stride_th"]
+"""Arguments that grow with the heads: no new compilation for their divisors."""
+
+
+@triton.jit(do_not_specialize=_CHANGING)
 def attend_kernel(
     query,
     pages,
@@ -103,7 +107,7 @@ def attend_kernel(
     tl.store(partial + into[:, None] * D + lane[None, :], acc / weight[:, None], mask=q_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def merge_kernel(
     positions,
     rows,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_pages"])
 def pack_slots_kernel(
     pages,
     page_table,

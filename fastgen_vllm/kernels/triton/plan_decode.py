@@ -16,7 +16,7 @@ def ceil_ratio(ratio, num_tokens, UNIT: tl.constexpr):
     return (ratio * num_tokens + (UNIT - 1)) // UNIT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_tr", "stride_th"])
 def grow_kernel(
     rows,
     num_tokens,
@@ -84,7 +84,7 @@ def grow_kernel(
     tl.store(num_free + row, height - taken)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_tr", "stride_th"])
 def place_kernel(
     rows,
     num_tokens,

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Checks the GPU kernels on this machine's GPU and measures them; arguments go to gpu_check.py.
+# Needs a Python with torch and triton only: $PYTHON, else .venv's, else python3.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
+  python=.venv/bin/python
+fi
+if ! compgen -G 'fastgen_vllm/_cuda*.so' >/dev/null; then
+  if nvcc=$(command -v "${NVCC:-nvcc}" || ls /usr/local/cuda/bin/nvcc 2>/dev/null); then
+    NVCC=$nvcc bash csrc/cuda/build.sh fastgen_vllm/_cuda.so
+  else
+    echo "gpu_check: no nvcc, so the CUDA C++ kernel is not checked" >&2
+  fi
+fi
+export PYTHONPATH=$PWD
+exec "$python" tests/gpu_check.py "$@"
