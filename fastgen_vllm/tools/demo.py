@@ -29,6 +29,14 @@ KOREAN = (
 )
 
 
+def suitable_dtype() -> str:
+    """Without AVX-512 a CPU multiplies bfloat16 several times slower than float32."""
+    import torch
+
+    avx2 = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return "float32" if avx2 else "bfloat16"
+
+
 def prompts() -> list[str]:
     """Natural prose from the Python language reference, and one Korean text."""
     text = " ".join(topics["specialnames"].split())
@@ -48,7 +56,7 @@ def run_engine(backend: str, model: str, recovery: float) -> dict[str, Any]:
         }
     llm = LLM(
         model,
-        dtype="bfloat16",
+        dtype=suitable_dtype(),
         max_model_len=2048,
         kv_cache_memory_bytes=KV_TOKENS * kv_bytes_per_token(model),
         enforce_eager=True,
@@ -79,10 +87,11 @@ def run_engine(backend: str, model: str, recovery: float) -> dict[str, Any]:
 
 
 def kv_bytes_per_token(model: str) -> int:
-    """K and V of all layers and KV heads, in bfloat16."""
+    """K and V of all layers and KV heads."""
     config = json.loads((Path(model) / "config.json").read_text())
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return config["num_hidden_layers"] * config["num_key_value_heads"] * head_size * 2 * 2
+    heads = config["num_hidden_layers"] * config["num_key_value_heads"]
+    return heads * head_size * 2 * (4 if suitable_dtype() == "float32" else 2)
 
 
 def run_in_child(backend: str, model: str, recovery: float) -> dict[str, Any]:
@@ -140,6 +149,7 @@ def main() -> None:
     summary = {
         "model": Path(args.model).name,
         "vllm_version": vllm_version(),
+        "dtype": suitable_dtype(),
         "recovery": args.recovery,
         "ladder": FastGenConfig().ladder_name,
         "kv_kept_ratio": sum(kept) / len(kept),

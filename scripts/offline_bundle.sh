@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Gathers all that scripts/offline_install.sh needs on a machine without a network: vLLM and its
+# dependencies as wheels, this package and a model, in parts with checksums.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/common.sh
+
+usage() {
+  cat <<TEXT
+usage: scripts/offline_bundle.sh [options] DIRECTORY
+  --device cpu|cuda   the vLLM to gather (default: what this machine has)
+  --part-size MIB     size of the parts (default 64)
+  --model DIR|none    a model directory to take along (default $MODEL_DIR)
+  --text-only         leave out what a text-only model such as Llama does not use: image, audio and
+                      video packages, and kernels of other architectures
+  --without PACKAGE   leave out another package, may be repeated
+The bundle is for this machine's kind of CPU and this Python version (PYTHON names another one).
+TEXT
+}
+
+TEXT_ONLY=(torchvision torchaudio torchcodec opencv-python-headless pynvvideocodec
+  humming-kernels tilelang z3-solver tokenspeed-mla tokenspeed-triton instanttensor)
+device=$(detect_device) part_size=64 model=$MODEL_DIR without=() out=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --device) device=$2 && shift ;;
+    --part-size) part_size=$2 && shift ;;
+    --model) model=$2 && shift ;;
+    --text-only) without+=("${TEXT_ONLY[@]}") ;;
+    --without) without+=("$2") && shift ;;
+    -h | --help) usage && exit ;;
+    -*) echo "offline_bundle: unknown option $1" >&2 && usage >&2 && exit 2 ;;
+    *) out=$1 ;;
+  esac
+  shift
+done
+[ -n "$out" ] || { usage >&2 && exit 2; }
+case $device in cpu | cuda) ;; *) echo "offline_bundle: --device $device, use cpu or cuda" >&2 && exit 2 ;; esac
+[[ $part_size =~ ^[1-9][0-9]*$ ]] || { echo "offline_bundle: --part-size $part_size, use MiB" >&2 && exit 2; }
+[ "$model" = none ] || [ -f "$model/config.json" ] || {
+  echo "offline_bundle: no model in $model; run scripts/setup.sh, name one with --model, or pass --model none" >&2
+  exit 2
+}
+mkdir -p "$out"
+[ -z "$(ls -A "$out")" ] || { echo "offline_bundle: $out is not empty" >&2 && exit 2; }
+
+work=$(mktemp -d "$out/.work.XXXX")
+trap 'rm -rf "$work"' EXIT
+root=$work/fastgen-bundle wheels=$work/fastgen-bundle/wheels
+mkdir -p "$wheels"
+"${PYTHON:-python3}" -m venv "$work/tools"
+PIP_PYTHON=$work/tools/bin/python
+$PIP_PYTHON -m pip install -q uv "setuptools>=77"
+
+echo "offline_bundle: resolving vLLM $VLLM_VERSION for $device"
+wants=(uv "setuptools>=77")
+if [ "$device" = cpu ]; then
+  without+=(torchvision torchaudio torchcodec)
+  pip_cpu_torch download -q --no-deps -d "$wheels"
+  write_vllm_shim "$work/vllm"
+  $PIP_PYTHON -m pip wheel -q --no-deps --no-build-isolation -w "$wheels" "$work/vllm"
+  wants+=("torch==$TORCH_VERSION+cpu" "vllm==$VLLM_VERSION+cpu" "triton==$TRITON_VERSION")
+else
+  wants+=("torch==$TORCH_VERSION" "vllm==$VLLM_VERSION")
+fi
+leave_out "${without[@]}" >"$work/overrides.txt"
+printf '%s\n' "${wants[@]}" >"$work/wants.txt"
+"$work/tools/bin/uv" pip compile -q --no-header --no-annotate --find-links "$wheels" \
+  --override "$work/overrides.txt" "$work/wants.txt" pyproject.toml -o "$root/requirements.txt"
+
+echo "offline_bundle: downloading $(wc -l <"$root/requirements.txt") packages"
+$PIP_PYTHON -m pip download -q --no-deps --only-binary=:all: --find-links "$wheels" \
+  -d "$wheels" -r "$root/requirements.txt"
+
+mkdir "$root/source"
+excluded=(./.git ./.venv ./.cache './.*_cache' ./.hypothesis ./build ./out '*.so' __pycache__
+  "./$(realpath --relative-to=. "$out")")
+tar -c "${excluded[@]/#/--exclude=}" . | tar -x -C "$root/source"
+[ "$model" = none ] || cp -rL "$model" "$root/model"
+{
+  echo "device=$device"
+  echo "python_wanted=$($PIP_PYTHON -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+  echo "machine=$(uname -m)"
+  echo "model=$([ "$model" = none ] || basename "$(realpath "$model")")"
+} >"$root/bundle.env"
+
+echo "offline_bundle: writing parts of $part_size MiB"
+tar -c -C "$work" fastgen-bundle | split -b "${part_size}m" -d -a 4 - "$out/fastgen-bundle.tar."
+cp scripts/offline_install.sh "$out/"
+(cd "$out" && sha256sum fastgen-bundle.tar.* >SHA256SUMS)
+echo "offline_bundle: $(wc -l <"$out/SHA256SUMS") parts, $(du -shx --exclude='.work*' "$out" | cut -f1), in $out;" \
+  "take them all to the other machine and run: bash offline_install.sh TARGET"

@@ -1,0 +1,79 @@
+"""The offline bundle: gathered here, checked, and installed with no network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NO_NETWORK = ["unshare", "-rn"]
+
+
+def run(
+    command: list[str], cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, "FASTGEN_DEVICE": "cpu", **variables}
+    return subprocess.run(
+        command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage:"),
+        (["--device", "tpu", "x"], "--device tpu"),
+        (["--part-size", "64M", "x"], "--part-size 64M"),
+        (["--model", "nowhere", "x"], "no model in nowhere"),
+        (["--all", "x"], "unknown option --all"),
+    ],
+)
+def test_bundle_refuses(arguments: list[str], message: str) -> None:
+    refused = run(["bash", str(ROOT / "scripts/offline_bundle.sh"), *arguments])
+    assert refused.returncode == 2 and message in refused.stderr
+
+
+def test_bundle_installs_without_network(tmp_path: Path) -> None:
+    bundle, target = tmp_path / "bundle", tmp_path / "target"
+    options = ["--text-only", "--model", "none", "--part-size", "100", str(bundle)]
+    gathered = run(["bash", str(ROOT / "scripts/offline_bundle.sh"), *options])
+    assert gathered.returncode == 0, gathered.stderr[-3000:]
+    parts = sorted(bundle.glob("fastgen-bundle.tar.*"))
+    assert len(parts) > 3
+    assert {part.stat().st_size for part in parts[:-1]} == {100 << 20}
+
+    install = ["bash", str(bundle / "offline_install.sh"), str(target)]
+    isolated = run([*NO_NETWORK, "true"]).returncode == 0
+    if not isolated:  # no user namespaces here: pip and uv are at least told not to look
+        print("network not cut off: unshare is not permitted")
+    install = [*(NO_NETWORK if isolated else []), *install]
+    with parts[1].open("r+b") as part:
+        part.seek(5000)
+        damaged = part.read(1)
+        part.seek(5000)
+        part.write(bytes([damaged[0] ^ 1]))
+    refused = run(install)
+    assert refused.returncode == 1 and "damaged" in refused.stderr
+    assert parts[1].name in refused.stderr + refused.stdout
+    assert not target.exists()
+    with parts[1].open("r+b") as part:
+        part.seek(5000)
+        part.write(damaged)
+
+    installed = run(install, PIP_FIND_LINKS="")
+    assert installed.returncode == 0, installed.stderr[-3000:]
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as b;"
+        "from fastgen_vllm.kernels import cpu; import torch, fastgen_vllm.config as c;"
+        "print(b['FASTGEN'].name, repr(cpu.problem(64, torch.float32)), c.__file__)"
+    )
+    used = run([str(target / ".venv/bin/python"), "-c", code], cwd=tmp_path)
+    wanted = ["FASTGEN", "''", str(target / "fastgen_vllm/config.py")]
+    assert used.stdout.split()[-3:] == wanted, used.stderr[-3000:]
+    again = run(install)
+    assert again.returncode == 1 and "exists; name a new directory" in again.stderr
