@@ -1,5 +1,5 @@
 """One function per operation, in several implementations; ``select`` picks one at start-up."""
 
-from fastgen_vllm.kernels.select import Kernels, select
+from fastgen_vllm.kernels.select import Kernels, native, select
 
-__all__ = ["Kernels", "select"]
+__all__ = ["Kernels", "native", "select"]

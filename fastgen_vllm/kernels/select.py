@@ -18,6 +18,16 @@ Kernels = ModuleType
 """A module with the functions of ``kernels/reference.py`` and a ``NAME``."""
 
 
+def native(device_type: str, choice: KernelChoice = "auto") -> Kernels | None:
+    """The compiled kernels for a device, whether or not they can serve a cache."""
+    if device_type == "cpu" and choice != "cuda":
+        return importlib.import_module("fastgen_vllm.kernels.cpu")
+    if device_type == "cuda":
+        name = "cuda" if choice == "cuda" else "triton"
+        return importlib.import_module(f"fastgen_vllm.kernels.{name}")
+    return None
+
+
 @cache
 def select(choice: KernelChoice, device_type: str, head_size: int, dtype: torch.dtype) -> Kernels:
     """The implementation for a cache of this device, head size and dtype.
@@ -32,14 +42,13 @@ def select(choice: KernelChoice, device_type: str, head_size: int, dtype: torch.
     reference = importlib.import_module("fastgen_vllm.kernels.reference")
     if choice == "reference":
         return reference
-    names = {"cpu": "cpu", "cuda": "cuda" if choice == "cuda" else "triton"}
-    if device_type not in names or (choice == "cuda" and device_type != "cuda"):
+    kernels = native(device_type, choice)
+    if kernels is None:
         problem = f"there are none for {device_type}"
     else:
-        native = importlib.import_module(f"fastgen_vllm.kernels.{names[device_type]}")
-        problem = native.problem(head_size, dtype)
+        problem = kernels.problem(head_size, dtype)
         if not problem:
-            return native
+            return kernels
     if choice != "auto":
         raise FastGenConfigError(
             f"fastgen.kernels: '{choice}' was asked for, but {problem}; "

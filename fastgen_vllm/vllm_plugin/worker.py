@@ -12,7 +12,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from fastgen_vllm.config import RequestOverride
-from fastgen_vllm.kernels import cpu, prefill, reference
+from fastgen_vllm.kernels import native, prefill, reference
 from fastgen_vllm.runtime import PendingReport, Runtime
 from fastgen_vllm.tokens import TokenFlags
 from fastgen_vllm.vllm_plugin import flash_attention
@@ -57,8 +57,9 @@ class FastGenWorkerMixin(WorkerBase):
         logger.info("FASTGEN: %s kernels on %s", self.runtime.kernels.NAME, kv.device.type)
         if kv.device.type == "cuda":
             logger.info("FASTGEN: prefill attention from %s", prefill.choose(kv.dtype)[0])
-        elif config.kernels == "auto" and self.runtime.kernels is reference:
-            problem = cpu.problem(kv.shape[-1] // 2, kv.dtype)
+        unserved = native(kv.device.type)
+        if unserved and config.kernels == "auto" and self.runtime.kernels is reference:
+            problem = unserved.problem(kv.shape[-1] // 2, kv.dtype)
             logger.warning("FASTGEN: the native kernels are not used, which is slower: %s", problem)
         stride = kv.stride(1)
         for layer in layers:
