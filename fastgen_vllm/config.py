@@ -88,7 +88,8 @@ class Profiling:
 
     Attributes:
         weighting: ``uniform``; ``recent``: ``min(1, window / d)`` for the query ``d`` before the
-            prompt's end (1 for the last); ``last``: the last ``window`` queries only.
+            prompt's end (1 for the last), with every 2nd, 4th, ... of the far ones standing for
+            the others; ``last``: the last ``window`` queries only.
         window: queries.
         pooling: a key's rank is the best score among this many keys around it.
         least_window: tokens; a head that is not full keeps at least the last so many, generated
@@ -125,7 +126,7 @@ class FastGenConfig(BaseModel):
         query_weighting, observation_window, score_pooling, least_window, num_sinks,
             value_weighting: see ``Profiling``. None takes what suits the ladder or method; for
             the paper's ladder that is the paper's plain attention mass.
-        query_sampling: profile every s-th prompt query (1: all of them).
+        query_sampling: profile every s-th of the prompt queries that the weighting looks at.
         block_size: tokens per block, and slots per head page.
         min_prompt_tokens: shorter prompts are kept whole.
         kernels: ``auto`` takes the fastest that serve this device and model; ``native`` insists

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -25,21 +26,54 @@ class Goal:
         return (self.threshold if self.budget is None else self.budget) >= 1.0
 
 
-def query_weights(profiling: Profiling, num_tokens: int) -> torch.Tensor:
-    """float32 ``[n]``: how much each prompt query counts, at most 1."""
-    if profiling.weighting == "uniform":
-        return torch.ones(num_tokens)
-    to_end = torch.arange(num_tokens, 0, -1)
+THINNED_FROM = 128
+"""With ``recent`` weighting, every 2nd query is looked at from this distance to the last one on,
+every 4th from twice that distance on, and so forth: 64 queries for each doubling."""
+
+
+@dataclass(frozen=True)
+class QueryRun:
+    """Prompt queries at ``first``, ``first + step``, ... below ``end``."""
+
+    first: int
+    end: int
+    step: int
+
+
+def query_runs(
+    profiling: Profiling, sampling: int, num_tokens: int
+) -> tuple[list[QueryRun], torch.Tensor]:
+    """The queries that are looked at, and what each counts with those that it stands for.
+
+    Distances count from the prompt's last query, so neither the queries nor the policies depend on
+    how the prompt was chunked.
+
+    Returns:
+        the runs, the last queries first, and weights float32 ``[n]``, 0 for the other queries.
+    """
+    bounds, steps = [0, num_tokens], [sampling]
+    each = torch.ones(num_tokens, dtype=torch.float64)
     if profiling.weighting == "last":
-        return (to_end <= profiling.window).float()
-    return (profiling.window / to_end).clamp(max=1.0)
+        bounds[1] = min(profiling.window, num_tokens)
+    elif profiling.weighting == "recent":
+        each = (profiling.window / torch.arange(1, num_tokens + 1).double()).clamp(max=1.0)
+        bounds[1] = min(THINNED_FROM, num_tokens)
+        while bounds[-1] < num_tokens:
+            bounds.append(min(2 * bounds[-1], num_tokens))
+            steps.append(2 * steps[-1])
+    up_to = torch.nn.functional.pad(each.cumsum(0), (1, 0))
+    runs, weights = [], torch.zeros(num_tokens)
+    for (nearest, beyond), step in zip(pairwise(bounds), steps, strict=True):
+        distance = torch.arange(nearest, beyond, step)
+        counts = up_to[(distance + step).clamp(max=beyond)] - up_to[distance]
+        weights[num_tokens - 1 - distance] = counts.float()
+        first = num_tokens - 1 - int(distance[-1])
+        runs.append(QueryRun(first, num_tokens - nearest, step))
+    return runs, weights
 
 
 class PromptProfile:
     """Attention mass of one prompt, for all layers, and the choice that follows from it.
-
-    Sampling looks at query positions counted back from the prompt's end, so the queries, and
-    with them the policies, do not depend on how the prompt was chunked.
 
     Args:
         num_tokens: ``n``, known when the request arrives.
@@ -75,8 +109,7 @@ class PromptProfile:
             device=device,
         )
         self.value_norms = torch.ones(num_layers, num_kv_heads, num_tokens, device=device)
-        weights = query_weights(profiling, num_tokens)
-        self.num_unseen = int((weights == 0).sum())  # the first queries: weights never fall
+        self.runs, weights = query_runs(profiling, config.query_sampling, num_tokens)
         self.weights = weights.to(device)
 
     def add_chunk(
@@ -102,26 +135,27 @@ class PromptProfile:
             pages, page_table: where the keys are, as ``kernels.prefill_attention`` takes them.
             lse: float32 ``[c, H, G]``, log-sum-exp of each query's scaled scores.
         """
-        first, step = num_keys - query.shape[0], self.config.query_sampling
+        start = num_keys - query.shape[0]
         if self.profiling.value_weighting:
-            self.value_norms[layer, :, first:num_keys] = value.float().norm(dim=-1).T
-        skip = max(first, self.num_unseen) - first
-        skip += (self.num_tokens - 1 - first - skip) % step
-        weights = self.weights[first + skip : num_keys : step]
-        if not len(weights):
-            return
-        kernels.attention_mass(
-            query[skip::step],
-            pages,
-            page_table,
-            num_keys,
-            lse[skip::step] - weights.log()[:, None, None],
-            first + skip,
-            step,
-            self.bounds,
-            scale,
-            self.mass[layer],
-        )
+            self.value_norms[layer, :, start:num_keys] = value.float().norm(dim=-1).T
+        for run in self.runs:
+            first, end = max(run.first, start), min(run.end, num_keys)
+            first += (run.first - first) % run.step
+            if first >= end:
+                continue
+            own = slice(first - start, end - start, run.step)
+            kernels.attention_mass(
+                query[own],
+                pages,
+                page_table,
+                end,
+                lse[own] - self.weights[first : end : run.step].log()[:, None, None],
+                first,
+                run.step,
+                self.bounds,
+                scale,
+                self.mass[layer],
+            )
 
     def stats(self) -> PromptStats:
         """Once every chunk and layer has been added."""
@@ -135,7 +169,7 @@ class PromptProfile:
 
     def slot_scores(self, stats: PromptStats) -> torch.Tensor:
         """Where the decode step's sums go on from: float32 ``[L, H, n]``, in units of queries."""
-        return stats.scores * self._queries_per_key() * self.config.query_sampling
+        return stats.scores * self._queries_per_key()
 
     def _queries_per_key(self) -> torch.Tensor:
         """``[n]`` or ``[1]``: what ``frequent_score: mean`` divides sums by."""

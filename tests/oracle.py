@@ -180,8 +180,15 @@ class Oracle:
         return verdicts
 
     def _weights(self, n: int) -> torch.Tensor:
+        """Of each query; from 128 before the last on, every 2nd counts for two, and so forth."""
         window = self.settings.window
-        return torch.tensor([min(1.0, window / (n - q)) if window else 1.0 for q in range(n)])
+        if not window:
+            return torch.ones(n)
+        weights = [0.0] * n
+        for distance in range(n):
+            step = 1 << max(0, (distance // 64).bit_length() - 1)
+            weights[n - 1 - distance + distance % step] += min(1.0, window / (distance + 1))
+        return torch.tensor(weights)
 
     def _scores(self, attention: torch.Tensor) -> np.ndarray:
         """Weighed column sums of ``[G, n, n]``, each key taking its neighbourhood's best."""

@@ -62,7 +62,14 @@ class Prompt:
             "recent": lambda d: min(1.0, how.window / d),
             "last": lambda d: float(d <= how.window),
         }[how.weighting]
-        return [by_distance(n - q) for q in range(n)]
+        weights = [by_distance(n - q) for q in range(n)]
+        if how.weighting == "recent":
+            for q in range(n):  # far queries are counted by the next one that is looked at
+                step = stride(n - 1 - q)
+                if (n - 1 - q) % step:
+                    weights[q + (n - 1 - q) % step] += weights[q]
+                    weights[q] = 0.0
+        return weights
 
     def scores(self, head: int) -> list[float]:
         n, half = self.profile.num_tokens, self.profile.config.profiling.pooling // 2
@@ -99,6 +106,14 @@ class Prompt:
         seen = weighed.masked_fill(~(visible | (distance < window)), 0.0)
         reduced = (seen.sum((1, 2)) / weighed.sum((1, 2))).min()
         return set((visible | recent).nonzero().flatten().tolist()), float(reduced)
+
+
+def stride(distance: int) -> int:
+    """Every how manieth query so far from the last one is looked at."""
+    step = 1
+    while distance >= 128 * step:
+        step *= 2
+    return step
 
 
 def pages(kept: set[int]) -> int:

@@ -301,15 +301,23 @@ def profiling_figures(device: str, m: Model, tokens: int) -> dict[str, float]:
         ),
         "projections": clock.seconds(projections(m, tokens), 0.5),
     }
-    for step in (1, 4, 16):
 
-        def profile(step: int = step) -> None:
-            skip = (tokens - 1) % step
+    def profile(runs: list[tuple[int, int, int]]) -> None:
+        for first, end, step in runs:
+            own = slice(first, end, step)
             triton.attention_mass(
-                query[skip::step], *args, lse[skip::step], skip, step, bounds, scale, mass
+                query[own], pages, table, end, lse[own], first, step, bounds, scale, mass
             )
 
-        figures[f"profiling, every {step}. query"] = clock.seconds(profile, 0.5)
+    # Every query of the last 128, every 2nd of the 128 before, every 4th of the 256 before, ...
+    thinned, nearest, step = [(max(0, tokens - 128), tokens, 1)], 128, 2
+    while nearest < tokens:
+        last = tokens - 1 - nearest
+        count = -(-(min(2 * nearest, tokens) - nearest) // step)
+        thinned.append((last - (count - 1) * step, last + 1, step))
+        nearest, step = 2 * nearest, 2 * step
+    for name, runs in (("profiling", thinned), ("profiling, every query", [(0, tokens, 1)])):
+        figures[name] = clock.seconds(partial(profile, runs), 0.5)
     return {name: s * 1e3 for name, s in figures.items()}
 
 
