@@ -69,8 +69,10 @@ printf '%s\n' "${wants[@]}" >"$work/wants.txt"
   --override "$work/overrides.txt" "$work/wants.txt" pyproject.toml -o "$root/requirements.txt"
 
 echo "offline_bundle: downloading $(wc -l <"$root/requirements.txt") packages"
+# With === an index's torch 2.13.0+cpu is not taken for 2.13.0.
+sed 's/^torch==/torch===/' "$root/requirements.txt" >"$work/downloads.txt"
 $PIP_PYTHON -m pip download -q --no-deps --only-binary=:all: --find-links "$wheels" \
-  -d "$wheels" -r "$root/requirements.txt"
+  -d "$wheels" -r "$work/downloads.txt"
 
 mkdir "$root/source"
 excluded=(./.git ./.venv ./.cache './.*_cache' ./.hypothesis ./build ./out '*.so' __pycache__
