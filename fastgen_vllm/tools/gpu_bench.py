@@ -189,6 +189,7 @@ def paged_flash_seconds(
 ) -> float | None:
     """vLLM's flash attention over its own paged layout, where vLLM is installed."""
     try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
         from vllm.vllm_flash_attn import flash_attn_varlen_func
     except Exception:
         return None
@@ -212,6 +213,7 @@ def paged_flash_seconds(
                 seqused_k=used,
                 causal=True,
                 block_table=table[layer],
+                fa_version=get_flash_attn_version(),
             )
 
     return clock.seconds(run) / layers
