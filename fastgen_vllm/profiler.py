@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
-from fastgen_vllm.config import FastGenConfig, Profiling
+from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.kernels import Kernels
 from fastgen_vllm.peers import PEERS
 from fastgen_vllm.policy import Choice, Ladder, PromptStats, choose, share_budget
+from fastgen_vllm.queries import query_runs
 
 
 @dataclass(frozen=True)
@@ -24,52 +24,6 @@ class Goal:
     @property
     def keeps_everything(self) -> bool:
         return (self.threshold if self.budget is None else self.budget) >= 1.0
-
-
-THINNED_FROM = 128
-"""With ``recent`` weighting, every 2nd query is looked at from this distance to the last one on,
-every 4th from twice that distance on, and so forth: 64 queries for each doubling."""
-
-
-@dataclass(frozen=True)
-class QueryRun:
-    """Prompt queries at ``first``, ``first + step``, ... below ``end``."""
-
-    first: int
-    end: int
-    step: int
-
-
-def query_runs(
-    profiling: Profiling, sampling: int, num_tokens: int
-) -> tuple[list[QueryRun], torch.Tensor]:
-    """The queries that are looked at, and what each counts with those that it stands for.
-
-    Distances count from the prompt's last query, so neither the queries nor the policies depend on
-    how the prompt was chunked.
-
-    Returns:
-        the runs, the last queries first, and weights float32 ``[n]``, 0 for the other queries.
-    """
-    bounds, steps = [0, num_tokens], [sampling]
-    each = torch.ones(num_tokens, dtype=torch.float64)
-    if profiling.weighting == "last":
-        bounds[1] = min(profiling.window, num_tokens)
-    elif profiling.weighting == "recent":
-        each = (profiling.window / torch.arange(1, num_tokens + 1).double()).clamp(max=1.0)
-        bounds[1] = min(THINNED_FROM, num_tokens)
-        while bounds[-1] < num_tokens:
-            bounds.append(min(2 * bounds[-1], num_tokens))
-            steps.append(2 * steps[-1])
-    up_to = torch.nn.functional.pad(each.cumsum(0), (1, 0))
-    runs, weights = [], torch.zeros(num_tokens)
-    for (nearest, beyond), step in zip(pairwise(bounds), steps, strict=True):
-        distance = torch.arange(nearest, beyond, step)
-        counts = up_to[(distance + step).clamp(max=beyond)] - up_to[distance]
-        weights[num_tokens - 1 - distance] = counts.float()
-        first = num_tokens - 1 - int(distance[-1])
-        runs.append(QueryRun(first, num_tokens - nearest, step))
-    return runs, weights
 
 
 class PromptProfile:
@@ -109,8 +63,10 @@ class PromptProfile:
             device=device,
         )
         self.value_norms = torch.ones(num_layers, num_kv_heads, num_tokens, device=device)
-        self.runs, weights = query_runs(profiling, config.query_sampling, num_tokens)
-        self.weights = weights.to(device)
+        self.runs, weights = query_runs(
+            profiling.weighting, profiling.window, config.query_sampling, num_tokens
+        )
+        self.log_weights = weights.log().to(device)
 
     def add_chunk(
         self,
@@ -149,7 +105,7 @@ class PromptProfile:
                 pages,
                 page_table,
                 end,
-                lse[own] - self.weights[first : end : run.step].log()[:, None, None],
+                lse[own] - self.log_weights[first : end : run.step, None, None],
                 first,
                 run.step,
                 self.bounds,

@@ -28,6 +28,8 @@ setup_stamp() {
 # 2. It needs torch's +cpu build, which PyPI does not serve.
 # 3. `vllm serve` reads the metadata of a distribution named `vllm`: an empty one is made here.
 
+CPU_LEAVES_OUT=(torchvision torchaudio torchcodec)
+
 # uv overrides that leave out the packages named.
 leave_out() {
   local package
@@ -52,9 +54,8 @@ py-modules = []
 TOML
 }
 
-# pip with torch's +cpu build: from the configured index, else from PyTorch's.
-pip_cpu_torch() {
-  "$PIP_PYTHON" -m pip "$@" "torch==$TORCH_VERSION+cpu" ||
-    "$PIP_PYTHON" -m pip "$@" "torch==$TORCH_VERSION+cpu" \
-      --index-url https://download.pytorch.org/whl/cpu
+# A pip command, given whole, for torch's +cpu build: from the configured index, else PyTorch's.
+with_cpu_torch() {
+  "$@" "torch==$TORCH_VERSION+cpu" ||
+    "$@" "torch==$TORCH_VERSION+cpu" --index-url https://download.pytorch.org/whl/cpu
 }

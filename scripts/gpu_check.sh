@@ -7,9 +7,11 @@ python=${PYTHON:-python3}
 if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
   python=.venv/bin/python
 fi
-if ! compgen -G 'fastgen_vllm/_cuda*.so' >/dev/null; then
+library=$(compgen -G 'fastgen_vllm/_cuda*.so' | head -n 1 || true)
+library=${library:-fastgen_vllm/_cuda.so}
+if [ ! "$library" -nt csrc/cuda/decode_attention.cu ]; then
   if nvcc=$(command -v "${NVCC:-nvcc}" || ls /usr/local/cuda/bin/nvcc 2>/dev/null); then
-    NVCC=$nvcc bash csrc/cuda/build.sh fastgen_vllm/_cuda.so
+    NVCC=$nvcc bash csrc/cuda/build.sh "$library"
   else
     echo "gpu_check: no nvcc, so the CUDA C++ kernel is not checked" >&2
   fi

@@ -18,7 +18,12 @@ The bundle is for this machine's kind of CPU and this Python version (PYTHON nam
 TEXT
 }
 
-TEXT_ONLY=(torchvision torchaudio torchcodec opencv-python-headless pynvvideocodec
+refuse() {
+  echo "offline_bundle: $*" >&2
+  exit 2
+}
+
+TEXT_ONLY=("${CPU_LEAVES_OUT[@]}" opencv-python-headless pynvvideocodec
   humming-kernels tilelang z3-solver tokenspeed-mla tokenspeed-triton instanttensor)
 device=$(detect_device) part_size=64 model=$MODEL_DIR without=() out=
 while [ $# -gt 0 ]; do
@@ -29,36 +34,34 @@ while [ $# -gt 0 ]; do
     --text-only) without+=("${TEXT_ONLY[@]}") ;;
     --without) without+=("$2") && shift ;;
     -h | --help) usage && exit ;;
-    -*) echo "offline_bundle: unknown option $1" >&2 && usage >&2 && exit 2 ;;
+    -*) usage >&2 && refuse "unknown option $1" ;;
     *) out=$1 ;;
   esac
   shift
 done
 [ -n "$out" ] || { usage >&2 && exit 2; }
-case $device in cpu | cuda) ;; *) echo "offline_bundle: --device $device, use cpu or cuda" >&2 && exit 2 ;; esac
-[[ $part_size =~ ^[1-9][0-9]*$ ]] || { echo "offline_bundle: --part-size $part_size, use MiB" >&2 && exit 2; }
-[ "$model" = none ] || [ -f "$model/config.json" ] || {
-  echo "offline_bundle: no model in $model; run scripts/setup.sh, name one with --model, or pass --model none" >&2
-  exit 2
-}
+[[ $device =~ ^(cpu|cuda)$ ]] || refuse "--device $device, use cpu or cuda"
+[[ $part_size =~ ^[1-9][0-9]*$ ]] || refuse "--part-size $part_size, use MiB"
+[ "$model" = none ] || [ -f "$model/config.json" ] ||
+  refuse "no model in $model; run scripts/setup.sh, name one with --model, or pass --model none"
 mkdir -p "$out"
-[ -z "$(ls -A "$out")" ] || { echo "offline_bundle: $out is not empty" >&2 && exit 2; }
+[ -z "$(ls -A "$out")" ] || refuse "$out is not empty"
 
 work=$(mktemp -d "$out/.work.XXXX")
 trap 'rm -rf "$work"' EXIT
 root=$work/fastgen-bundle wheels=$work/fastgen-bundle/wheels
 mkdir -p "$wheels"
 "${PYTHON:-python3}" -m venv "$work/tools"
-PIP_PYTHON=$work/tools/bin/python
-$PIP_PYTHON -m pip install -q uv "setuptools>=77"
+python=$work/tools/bin/python
+"$python" -m pip install -q uv "setuptools>=77"
 
 echo "offline_bundle: resolving vLLM $VLLM_VERSION for $device"
 wants=(uv "setuptools>=77")
 if [ "$device" = cpu ]; then
-  without+=(torchvision torchaudio torchcodec)
-  pip_cpu_torch download -q --no-deps -d "$wheels"
+  without+=("${CPU_LEAVES_OUT[@]}")
+  with_cpu_torch "$python" -m pip download -q --no-deps -d "$wheels"
   write_vllm_shim "$work/vllm"
-  $PIP_PYTHON -m pip wheel -q --no-deps --no-build-isolation -w "$wheels" "$work/vllm"
+  "$python" -m pip wheel -q --no-deps --no-build-isolation -w "$wheels" "$work/vllm"
   wants+=("torch==$TORCH_VERSION+cpu" "vllm==$VLLM_VERSION+cpu" "triton==$TRITON_VERSION")
 else
   wants+=("torch==$TORCH_VERSION" "vllm==$VLLM_VERSION")
@@ -71,7 +74,7 @@ printf '%s\n' "${wants[@]}" >"$work/wants.txt"
 echo "offline_bundle: downloading $(wc -l <"$root/requirements.txt") packages"
 # With === an index's torch 2.13.0+cpu is not taken for 2.13.0.
 sed 's/^torch==/torch===/' "$root/requirements.txt" >"$work/downloads.txt"
-$PIP_PYTHON -m pip download -q --no-deps --only-binary=:all: --find-links "$wheels" \
+"$python" -m pip download -q --no-deps --only-binary=:all: --find-links "$wheels" \
   -d "$wheels" -r "$work/downloads.txt"
 
 mkdir "$root/source"
@@ -81,7 +84,7 @@ tar -c "${excluded[@]/#/--exclude=}" . | tar -x -C "$root/source"
 [ "$model" = none ] || cp -rL "$model" "$root/model"
 {
   echo "device=$device"
-  echo "python_wanted=$($PIP_PYTHON -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+  echo "python_wanted=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
   echo "machine=$(uname -m)"
   echo "model=$([ "$model" = none ] || basename "$(realpath "$model")")"
 } >"$root/bundle.env"

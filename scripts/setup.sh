@@ -11,15 +11,14 @@ wanted=$(setup_stamp "$device")
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
   echo "setup: installing vLLM $VLLM_VERSION for $device into .venv"
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-  PIP_PYTHON=.venv/bin/python
-  $PIP_PYTHON -m pip install -q uv
+  .venv/bin/python -m pip install -q uv
   uv() { .venv/bin/uv "$@" --python .venv/bin/python; }
   overrides=()
   if [ "$device" = cpu ]; then
-    pip_cpu_torch install -q
+    with_cpu_torch .venv/bin/python -m pip install -q
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    leave_out torchvision torchaudio torchcodec >"$work/overrides.txt"
+    leave_out "${CPU_LEAVES_OUT[@]}" >"$work/overrides.txt"
     overrides=(--override "$work/overrides.txt")
     write_vllm_shim "$work/vllm"
     uv pip install -q "${overrides[@]}" "$work/vllm" "triton==$TRITON_VERSION" "setuptools>=77"

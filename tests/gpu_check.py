@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import kernel_cases as cases
@@ -22,65 +23,52 @@ from fastgen_vllm.kernels import Kernels, cuda, triton
 from fastgen_vllm.tools import gpu_bench
 
 ROOT = Path(__file__).parent.parent
+Case = Callable[..., None]
+"""Takes a ``seed``."""
+
 CUDA_CASES = [(d, b, g) for d in cuda.HEAD_SIZES for b in (8, 16, 32) for g in range(1, 9)]
 
 
-def triton_cases(small: bool) -> Iterator[tuple[str, Callable[[int], None]]]:
-    """Name and case, which takes a seed."""
+def triton_cases(small: bool) -> Iterator[tuple[str, Case]]:
     dtypes, groups = cases.DTYPES, cases.GROUPS
     prompts = cases.PROMPTS[:2] if small else [*cases.PROMPTS, (300, 1100)]
     lengths = cases.DECODE_LENGTHS[:2] if small else cases.DECODE_LENGTHS
     for dtype in dtypes[:1] if small else dtypes:
         for group in groups[:2] if small else groups:
             for c, m in prompts:
-                yield (
-                    f"prefill and mass, {c} of {m}, group {group}, {dtype}",
-                    lambda s, a=(group, c, m, dtype): cases.prefill_and_mass(triton, *a, seed=s),
-                )
-            yield (
-                f"decode, group {group}, {dtype}",
-                lambda s, a=(lengths, group, 64, 16, dtype): cases.decode(triton, *a, seed=s),
-            )
+                case = partial(cases.prefill_and_mass, triton, group, c, m, dtype)
+                yield f"prefill and mass, {c} of {m}, group {group}, {dtype}", case
+            case = partial(cases.decode, triton, lengths, group, 64, 16, dtype)
+            yield f"decode, group {group}, {dtype}", case
         for head_size in (80,) if small else (32, 80, 96, 128, 256):
             for block in (8, 32):
-                yield (
-                    f"head size {head_size}, block size {block}, {dtype}",
-                    lambda s, a=(head_size, block, dtype): cases.head_and_block_size(
-                        triton, *a, seed=s
-                    ),
-                )
+                case = partial(cases.head_and_block_size, triton, head_size, block, dtype)
+                yield f"head size {head_size}, block size {block}, {dtype}", case
     for block in (8,) if small else (8, 16, 32):
         for mean in (False, True):
-            yield (
-                f"bookkeeping, block size {block}, mean {mean}",
-                lambda s, a=(block, mean): cases.plan_decode(triton, *a, seed=s),
-            )
-    yield "bookkeeping, short of pages", lambda s: cases.plan_decode_short_of_pages(triton)
-    yield "page moves", lambda s: cases.move_pages(triton)
+            case = partial(cases.plan_decode, triton, block, mean)
+            yield f"bookkeeping, block size {block}, mean {mean}", case
+    yield "bookkeeping, short of pages", partial(cases.plan_decode_short_of_pages, triton)
+    yield "page moves", partial(cases.move_pages, triton)
     for n in (1, 16, 17, 100):
-        yield f"compaction, {n} tokens", lambda s, n=n: cases.pack_slots(triton, n, seed=s)
+        yield f"compaction, {n} tokens", partial(cases.pack_slots, triton, n)
 
 
-def cuda_cases() -> Iterator[tuple[str, Callable[[int], None]]]:
+def cuda_cases() -> Iterator[tuple[str, Case]]:
     for dtype in cuda.DTYPES:
         for head_size, block, group in CUDA_CASES:
-            yield (
-                f"CUDA C++ decode, group {group}, head {head_size}, block {block}, {dtype}",
-                lambda s, a=(cases.DECODE_LENGTHS, group, head_size, block, dtype): cases.decode(
-                    cuda, *a, seed=s
-                ),
-            )
+            lengths = cases.DECODE_LENGTHS
+            case = partial(cases.decode, cuda, lengths, group, head_size, block, dtype)
+            yield f"CUDA C++ decode, group {group}, head {head_size}, block {block}, {dtype}", case
 
 
-def check(
-    device: str, every: Iterator[tuple[str, Callable[[int], None]]], seed: int
-) -> tuple[int, list[str]]:
+def check(device: str, every: Iterable[tuple[str, Case]], seed: int) -> tuple[int, list[str]]:
     """Cases that passed, and what was wrong with the others."""
     passed, failed = 0, []
     for name, case in every:
         try:
             with torch.device(device):
-                case(seed)
+                case(seed=seed)
             passed += 1
         except Exception as error:
             failed.append(f"{name}: {type(error).__name__}: {error}")
@@ -133,8 +121,8 @@ def main() -> int:
     else:
         name = torch.cuda.get_device_name()
     if options.only_cuda:
-        chosen = list(cuda_cases())
-        return bool(check(device, iter(random.Random(seed).sample(chosen, 12)), seed)[1])
+        chosen = random.Random(seed).sample(list(cuda_cases()), 12)
+        return bool(check(device, chosen, seed)[1])
     print(f"Device: {name}, torch {torch.__version__}, seed {seed}")
     kernels: dict[str, Kernels] = {"Triton": triton}
     problem = cuda.problem(128, torch.bfloat16) if device == "cuda" else "no device"

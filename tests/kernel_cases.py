@@ -249,7 +249,8 @@ def plan_decode(kernels: Kernels, block_size: int, mean: bool, seed: int = 0) ->
     assert evictions > 20
 
 
-def plan_decode_short_of_pages(kernels: Kernels) -> None:
+def plan_decode_short_of_pages(kernels: Kernels, seed: int = 0) -> None:
+    torch.manual_seed(seed)
     tables = Tables.random(2, 16, 1)
     tables.num_free[:] = 3
     ladder = [torch.tensor([x]) for x in (False, False, True)] + [torch.tensor([0])] * 2
@@ -263,7 +264,8 @@ def plan_decode_short_of_pages(kernels: Kernels) -> None:
     assert int(short) == 1
 
 
-def move_pages(kernels: Kernels) -> None:
+def move_pages(kernels: Kernels, seed: int = 0) -> None:
+    torch.manual_seed(seed)
     pages = torch.randn(20, 8, 48).bfloat16()
     before, order = pages.clone(), torch.randperm(20)
     for count in (0, 7):

@@ -48,7 +48,7 @@ def test_triton_compiles(capability: int, tmp_path: Path) -> None:
         assert int(shared) <= SHARED_MEMORY[capability] << 10, f"{name} does not fit"
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc: csrc/cuda was not compiled")
+@pytest.mark.skipif(NVCC is None, reason="csrc/cuda not compiled: no nvcc on PATH or in $NVCC")
 def test_cuda_compiles(tmp_path: Path) -> None:
     """For sm_80, sm_89 and sm_90, as setup.py builds it."""
     library = tmp_path / "_cuda.so"

@@ -75,7 +75,8 @@ class Trial:
         """Kept by each head."""
         tables, pool = self.runtime.tables, self.runtime.pool
         pages = tables.page_table[tables.rows[name]].flatten(0, 1).long()
-        return [sorted(p for p in head if p >= 0) for head in pool.positions[pages].flatten(1)]
+        positions = pool.positions[pages].flatten(1).tolist()
+        return [sorted(p for p in head if p >= 0) for head in positions]
 
 
 @pytest.mark.parametrize("ladder", ["paper", "adaptive"])

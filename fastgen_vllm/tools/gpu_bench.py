@@ -13,6 +13,7 @@ import torch
 
 from fastgen_vllm.basics import RATIO_UNIT
 from fastgen_vllm.kernels import Kernels, triton
+from fastgen_vllm.queries import QueryRun, query_runs
 
 BLOCK = 16
 KEPT_RATIOS = (1.0, 0.5, 0.25)
@@ -125,21 +126,26 @@ def head_lengths(shape: tuple[int, ...], tokens: int, kept: float) -> torch.Tens
     return (spread * high * tokens).clamp(1, tokens).int()
 
 
+def scattered_pages(num_pages: torch.Tensor, width: int) -> torch.Tensor:
+    """int32 ``[*num_pages.shape, width]``: pages from 1 on in random order, padded with 0."""
+    table = torch.zeros(*num_pages.shape, width, dtype=torch.int32)
+    owned = torch.arange(width) < num_pages[..., None]
+    table[owned] = (torch.randperm(int(num_pages.sum())) + 1).int()
+    return table
+
+
 class Cache:
     """Decode state of ``layers`` layers: pages in random order, half of the heads keep scores."""
 
     def __init__(self, m: Model, layers: int, requests: int, tokens: int, kept: float) -> None:
         self.lengths = head_lengths((requests, layers, m.kv_heads), tokens, kept)
         num_pages = -(-self.lengths // BLOCK)
-        width = -(-tokens // BLOCK)
         total = int(num_pages.sum())
         self.pages = torch.empty(total + 1, BLOCK, 2 * m.head_size, dtype=torch.bfloat16).normal_()
         self.positions = torch.zeros(total + 1, BLOCK, dtype=torch.int32)
         self.scores = torch.zeros(total + 1, BLOCK)
         self.keeps_scores = torch.rand(self.lengths.shape) < (0.5 if kept < 1.0 else 0.0)
-        self.page_table = torch.zeros(*self.lengths.shape, width, dtype=torch.int32)
-        owned = torch.arange(width) < num_pages[..., None]
-        self.page_table[owned] = (torch.randperm(total) + 1).int()
+        self.page_table = scattered_pages(num_pages, -(-tokens // BLOCK))
         self.rows = torch.arange(requests)
         self.query = torch.randn(requests, m.kv_heads, m.group, m.head_size, dtype=torch.bfloat16)
         self.output = torch.empty_like(self.query)
@@ -220,11 +226,9 @@ def paged_flash_seconds(
 
 
 def free_memory(device: str) -> int:
-    """Bytes."""
-    if device != "cuda":
-        return 4 << 30
+    """Bytes, what torch keeps for later given back."""
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0]
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else 4 << 30
 
 
 def decode_figures(
@@ -241,7 +245,7 @@ def decode_figures(
     if paged is not None:
         dense["dense, vLLM flash attention"] = paged
     for kept in KEPT_RATIOS:
-        free_memory(device)
+        torch.cuda.empty_cache()
         cache = Cache(m, layers, requests, tokens, kept)
         seconds = {
             name: clock.seconds(partial(cache.attend, module)) / layers
@@ -304,21 +308,16 @@ def profiling_figures(device: str, m: Model, tokens: int) -> dict[str, float]:
         "projections": clock.seconds(projections(m, tokens), 0.5),
     }
 
-    def profile(runs: list[tuple[int, int, int]]) -> None:
-        for first, end, step in runs:
+    def profile(runs: list[QueryRun]) -> None:
+        for run in runs:
+            first, end, step = run.first, run.end, run.step
             own = slice(first, end, step)
             triton.attention_mass(
                 query[own], pages, table, end, lse[own], first, step, bounds, scale, mass
             )
 
-    # Every query of the last 128, every 2nd of the 128 before, every 4th of the 256 before, ...
-    thinned, nearest, step = [(max(0, tokens - 128), tokens, 1)], 128, 2
-    while nearest < tokens:
-        last = tokens - 1 - nearest
-        count = -(-(min(2 * nearest, tokens) - nearest) // step)
-        thinned.append((last - (count - 1) * step, last + 1, step))
-        nearest, step = 2 * nearest, 2 * step
-    for name, runs in (("profiling", thinned), ("profiling, every query", [(0, tokens, 1)])):
+    thinned, every = query_runs("recent", 32, 1, tokens)[0], query_runs("uniform", 1, 1, tokens)[0]
+    for name, runs in (("profiling", thinned), ("profiling, every query", every)):
         figures[name] = clock.seconds(partial(profile, runs), 0.5)
     return {name: s * 1e3 for name, s in figures.items()}
 
@@ -330,11 +329,9 @@ def bookkeeping_figures(device: str, m: Model, requests: int, tokens: int) -> di
     heads = (requests, layers, m.kv_heads)
     kept = 0.5
     lengths = head_lengths(heads, tokens, kept)
-    width = -(-tokens // BLOCK) + 2
     num_pages = -(-lengths // BLOCK) + 1
     total = int(num_pages.sum())
-    page_table = torch.zeros(*heads, width, dtype=torch.int32)
-    page_table[torch.arange(width) < num_pages[..., None]] = torch.randperm(total).int() + 1
+    page_table = scattered_pages(num_pages, -(-tokens // BLOCK) + 2)
     positions = torch.randint(tokens, (total + 1, BLOCK), dtype=torch.int32)
     scores = torch.rand(total + 1, BLOCK)
     # Full heads append; the others, half of them by score, stand at their budget and evict.
