@@ -68,14 +68,27 @@ else
 fi
 leave_out "${without[@]}" >"$work/overrides.txt"
 printf '%s\n' "${wants[@]}" >"$work/wants.txt"
-"$work/tools/bin/uv" pip compile -q --no-header --no-annotate --find-links "$wheels" \
-  --override "$work/overrides.txt" "$work/wants.txt" pyproject.toml -o "$root/requirements.txt"
+gather() {
+  : >"$work/errors.txt"
+  "$work/tools/bin/uv" pip compile -q --no-header --no-annotate --find-links "$wheels" \
+    --override "$work/overrides.txt" --constraint "$work/constraints.txt" \
+    "$work/wants.txt" pyproject.toml -o "$root/requirements.txt" || return
+  echo "offline_bundle: downloading $(wc -l <"$root/requirements.txt") packages"
+  # With === an index's torch 2.13.0+cpu is not taken for 2.13.0.
+  sed 's/^torch==/torch===/' "$root/requirements.txt" >"$work/downloads.txt"
+  "$python" -m pip download -q --no-deps --only-binary=:all: --find-links "$wheels" \
+    -d "$wheels" -r "$work/downloads.txt" 2>"$work/errors.txt"
+}
 
-echo "offline_bundle: downloading $(wc -l <"$root/requirements.txt") packages"
-# With === an index's torch 2.13.0+cpu is not taken for 2.13.0.
-sed 's/^torch==/torch===/' "$root/requirements.txt" >"$work/downloads.txt"
-"$python" -m pip download -q --no-deps --only-binary=:all: --find-links "$wheels" \
-  -d "$wheels" -r "$work/downloads.txt"
+# The index pages that uv and pip see may be minutes apart, and a release may have no wheel: a
+# version that pip does not find is ruled out, and all is resolved again.
+: >"$work/constraints.txt"
+until gather; do
+  missing=$(sed -n 's/.*No matching distribution found for \([^= ]*\)==\([^ ]*\).*/\1!=\2/p' "$work/errors.txt")
+  [ -n "$missing" ] || { cat "$work/errors.txt" >&2 && exit 1; }
+  echo "offline_bundle: resolving again with $missing"
+  echo "$missing" >>"$work/constraints.txt"
+done
 
 mkdir "$root/source"
 excluded=(./.git ./.venv ./.cache './.*_cache' ./.hypothesis ./build ./out '*.so' __pycache__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,33 @@ def test_bundle_refuses(arguments: list[str], message: str) -> None:
     assert refused.returncode == 2 and message in refused.stderr
 
 
+def write_index(directory: Path, name: str, version: str) -> str:
+    """The URL of a package index with one empty wheel."""
+    wheel = directory / name / f"{name}-{version}-py3-none-any.whl"
+    wheel.parent.mkdir(parents=True)
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file, text in files.items():
+            archive.writestr(f"{name}-{version}.dist-info/{file}", text)
+    (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+    return directory.as_uri()
+
+
 def test_bundle_installs_without_network(tmp_path: Path) -> None:
     bundle, target = tmp_path / "bundle", tmp_path / "target"
     options = ["--text-only", "--model", "none", "--part-size", "100", str(bundle)]
-    gathered = run(["bash", str(ROOT / "scripts/offline_bundle.sh"), *options])
+    gathered = run(
+        ["bash", str(ROOT / "scripts/offline_bundle.sh"), *options],
+        # A release that uv has heard of and pip has not.
+        UV_EXTRA_INDEX_URL=write_index(tmp_path / "index", "attrs", "999.0"),
+        UV_INDEX_STRATEGY="unsafe-best-match",
+    )
     assert gathered.returncode == 0, gathered.stderr[-3000:]
+    assert "resolving again with attrs!=999.0" in gathered.stdout
     parts = sorted(bundle.glob("fastgen-bundle.tar.*"))
     assert len(parts) > 3
     assert {part.stat().st_size for part in parts[:-1]} == {100 << 20}
