@@ -3,7 +3,7 @@
 // merges it, and adds the probabilities to the slots' scores from the raw scores it kept.
 
 constexpr int kSlots = 64;     // slots of a step of the online softmax
-constexpr int kGroupMax = W == 16 ? 4 : 2;  // query heads of a register block
+constexpr int kGroupMax = W == 16 ? 4 : 3;  // query heads of a register block
 
 // Small enough that threads end together, large enough to outweigh a merge; and the same in every
 // batch, so that a request's sums do not depend on what runs beside it.
@@ -74,11 +74,12 @@ INLINE void dot_slots(const float* query, const T** rows, const T** next_rows, i
       for (int s = 0; s < 4; ++s) prefetch_row(next_rows[j + s], D);
     vf acc[G][4] = {};
     for (int64_t lane = 0; lane < D / Lane::kPer; lane += W) {
-      vf key[4];
-      for (int s = 0; s < 4; ++s) key[s] = Lane::load_row(rows[j + s] + lane * Lane::kPer);
-      for (int g = 0; g < G; ++g) {
-        vf q = load(query + g * (D / Lane::kPer) + lane);
-        for (int s = 0; s < 4; ++s) acc[g][s] = Lane::dot(acc[g][s], q, key[s]);
+      // 4 G sums, G queries and a key: with AVX2 and G = 3 just the 16 registers.
+      vf q[G];
+      for (int g = 0; g < G; ++g) q[g] = load(query + g * (D / Lane::kPer) + lane);
+      for (int s = 0; s < 4; ++s) {
+        vf key = Lane::load_row(rows[j + s] + lane * Lane::kPer);
+        for (int g = 0; g < G; ++g) acc[g][s] = Lane::dot(acc[g][s], q[g], key);
       }
     }
     for (int g = 0; g < G; ++g)
@@ -95,11 +96,11 @@ INLINE void add_values(const float* probs, const T** rows, const T** next_rows, 
     for (int v = 0; v < V; ++v) acc[g][v] = load(out + g * D + d + v * W) * shrink[g];
   for (int64_t j = 0; j < n; ++j) {
     if (next_rows) prefetch_row(next_rows[j] + D + d, V * W);
-    vf value[V];
-    for (int v = 0; v < V; ++v) value[v] = load(rows[j] + D + d + v * W);
-    for (int g = 0; g < G; ++g) {
-      vf p = splat(probs[g * kSlots + j]);
-      for (int v = 0; v < V; ++v) acc[g][v] += p * value[v];
+    vf p[G];
+    for (int g = 0; g < G; ++g) p[g] = splat(probs[g * kSlots + j]);
+    for (int v = 0; v < V; ++v) {
+      vf value = load(rows[j] + D + d + v * W);
+      for (int g = 0; g < G; ++g) acc[g][v] += p[g] * value;
     }
   }
   for (int g = 0; g < G; ++g)
@@ -201,14 +202,15 @@ INLINE void attend_part(const DecodeAttention& a, const DecodePart& part, const 
       find_slots(a, pages, next, lower(kSlots, part.last - next), rows[1 - now], positions[1 - now]);
     for (int64_t g = 0; g < G;) {
       float *out = part.out + g * D, *raw = head.raw ? head.raw + g * head.length + first : nullptr;
-      int64_t take = lower(G - g, kGroupMax);
+      int64_t blocks_left = (G - g + kGroupMax - 1) / kGroupMax;
+      int64_t take = (G - g + blocks_left - 1) / blocks_left;  // 2 + 2 rather than 3 + 1
 #define ATTEND(n_heads)                                                                         \
   attend_slots<Lane, n_heads>(a, query + g * lanes, rows[now], more && !g ? rows[1 - now] : nullptr, \
                               positions[now], n, out, maxima + g, sums + g, raw, head.length)
       if (take == 1) ATTEND(1);
       if (take == 2) ATTEND(2);
-      if (kGroupMax > 2 && take == 3) ATTEND(3);
-      if (kGroupMax > 2 && take == 4) ATTEND(4);
+      if (take == 3) ATTEND(3);
+      if (kGroupMax > 3 && take == 4) ATTEND(4);
 #undef ATTEND
       g += take;
     }
