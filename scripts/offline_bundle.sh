@@ -84,7 +84,8 @@ gather() {
 # version that pip does not find is ruled out, and all is resolved again.
 : >"$work/constraints.txt"
 until gather; do
-  missing=$(sed -n 's/.*No matching distribution found for \([^= ]*\)==\([^ ]*\).*/\1!=\2/p' "$work/errors.txt")
+  # Extras are left out; what was asked for with === is not ours to rule out.
+  missing=$(sed -n 's/.*No matching distribution found for \([A-Za-z0-9._-]*\)[^= ]*==\([^= ][^ ]*\).*/\1!=\2/p' "$work/errors.txt")
   [ -n "$missing" ] || { cat "$work/errors.txt" >&2 && exit 1; }
   echo "offline_bundle: resolving again with $missing"
   echo "$missing" >>"$work/constraints.txt"
