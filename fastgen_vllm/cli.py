@@ -41,7 +41,7 @@ def bench(
     """Measure stock vLLM and FastGen side by side: JSON, a Markdown table and a chart."""
     from fastgen_vllm.tools import bench as tool
 
-    recoveries = tuple(recovery or (1.0, 0.95))
+    recoveries = tuple(recovery or (1.0, FastGenConfig().recovery))
     extra = _settings(settings)
     for value in recoveries:
         _config({"recovery": value, **extra})

@@ -64,19 +64,14 @@ PAPER_LADDER = (
 )
 
 
-RATIOS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+FREQUENT_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 
 
 def _adaptive_ladder() -> tuple[Hybrid, ...]:
-    """Every r_f and r_l of the grid whose sum is below 1, with and without punctuation. Special
-    tokens are few, and attention sinks are among them: they always stay."""
-    pairs = [(f, r) for f in RATIOS for r in RATIOS if f + r < 1]
-    hybrids = [
-        Hybrid(special=True, punctuation=punctuation, frequent=f, local=r)
-        for punctuation in (False, True)
-        for f, r in pairs
-    ]
-    return (*hybrids, FULL)
+    """Rising shares of frequent tokens, each with a window half as wide. Special tokens are few,
+    and attention sinks are among them: they always stay."""
+    rising = [Hybrid(special=True, frequent=f, local=f / 2) for f in FREQUENT_RATIOS]
+    return (Hybrid(special=True), *rising, FULL)
 
 
 ADAPTIVE_LADDER = _adaptive_ladder()
@@ -118,7 +113,7 @@ class FastGenConfig(BaseModel):
             keep, spread over its layers and heads so that most attention is recovered.
         method: ``fastgen``, or a method of the literature for comparison, which needs
             ``kv_budget``: see ``fastgen_vllm/peers.py``.
-        ladder: ``"adaptive"``, a grid of ratios; ``"paper"``; or a list of hybrids. The full policy
+        ladder: ``"adaptive"``, rising ratios; ``"paper"``; or a list of hybrids. The full policy
             always ends it.
         group_reduction: how the recoveries of a GQA group become one: ``mean`` or ``min``.
         frequent_score: ``sum`` of attention over queries (the paper), or ``mean`` over the
@@ -137,7 +132,7 @@ class FastGenConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    recovery: float = Field(default=0.95, ge=0.0, le=1.0)
+    recovery: float = Field(default=0.88, ge=0.0, le=1.0)
     kv_budget: float | None = Field(default=None, gt=0.0, le=1.0)
     method: Method = "fastgen"
     ladder: Literal["adaptive", "paper"] | tuple[Hybrid, ...] = "adaptive"

@@ -54,7 +54,7 @@ class Engine:
         from vllm import LLM
 
         fastgen = {
-            "recovery": options.pop("recovery", 0.95),
+            "recovery": options.pop("recovery", 0.88),
             "ladder": options.pop("ladder", "adaptive"),
             "min_prompt_tokens": 16,
             "debug": True,

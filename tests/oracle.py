@@ -23,7 +23,6 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 NEAR = 1e-5
 PAGE = 16
-GRID = [Fraction(f, 100) for f in (0, 2, 5, 10, 15, 20, 30, 40, 50, 70)]
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,17 @@ class Rung:
 
 
 FULL = Rung(frozenset({"full"}))
+SPECIAL = frozenset({"special"})
 BOTH = frozenset({"special", "punctuation"})
 R = Fraction(3, 10)
-PAPER = [Rung(frozenset({"special"})), Rung(BOTH), Rung(BOTH, R), Rung(BOTH, R, R), FULL]
+PAPER = [Rung(SPECIAL), Rung(BOTH), Rung(BOTH, R), Rung(BOTH, R, R), FULL]
 ADAPTIVE = [
-    Rung(sticky, f, r, 64)
-    for sticky in (frozenset({"special"}), BOTH)
-    for f in GRID
-    for r in GRID
-    if f + r < 1
-] + [FULL]
+    *(
+        Rung(SPECIAL, Fraction(f, 100), Fraction(f, 200), 64)
+        for f in (0, 2, 5, 10, 15, 20, 25, 30, 35, 40, 50, 60)
+    ),
+    FULL,
+]
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,9 @@ def test_override_of_a_fixed_method_is_refused() -> None:
         config.check_override(RequestOverride(fastgen_kv_budget=0.2))
 
 
-def test_adaptive_ladder_is_a_grid_below_one() -> None:
-    hybrids = FastGenConfig().hybrids
-    assert hybrids[-1].full and len(set(hybrids)) == len(hybrids)
-    assert all(h.frequent + h.local < 1 and h.special for h in hybrids[:-1])
-    assert {h.kind for h in hybrids} >= {"special", "special+punctuation+frequent+local", "full"}
+def test_adaptive_ladder_rises() -> None:
+    first, *rising, last = FastGenConfig().hybrids
+    assert first.name == "special" and last.full
+    assert all(h.special and h.local == h.frequent / 2 for h in rising)
+    shares = [h.frequent + h.local for h in rising]
+    assert shares == sorted(set(shares)) and shares[-1] < 1

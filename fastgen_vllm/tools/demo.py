@@ -135,7 +135,7 @@ def show(summary: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--recovery", type=float, default=0.9)
+    parser.add_argument("--recovery", type=float, default=FastGenConfig().recovery)
     parser.add_argument("--out", type=Path, default=Path("out/demo.json"))
     parser.add_argument("--engine", choices=("stock", "fastgen"), help=argparse.SUPPRESS)
     args = parser.parse_args()

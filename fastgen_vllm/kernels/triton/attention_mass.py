@@ -20,6 +20,7 @@ from fastgen_vllm.kernels.triton.common import INTERPRETED, LOG2_E, product
         "stride_mh",
         "stride_mg",
         "stride_mk",
+        "buckets",
     ]
 )
 def attention_mass_kernel(
@@ -44,12 +45,12 @@ def attention_mass_kernel(
     stride_mh,
     stride_mg,
     stride_mk,
+    buckets,
     G: tl.constexpr,
     SUMS_GROUP: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BUCKETS: tl.constexpr,
     BUCKETS_PAD: tl.constexpr,
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -59,7 +60,7 @@ def attention_mass_kernel(
     first_key, head = tl.program_id(0) * KEYS, tl.program_id(1).to(tl.int64)
     key, lane = first_key + tl.arange(0, KEYS), tl.arange(0, D_PAD)
     bucket = tl.arange(0, BUCKETS_PAD)
-    bound = tl.load(edges + 1 + bucket, mask=bucket < BUCKETS, other=0x7FFFFFFF)
+    bound = tl.load(edges + 1 + bucket, mask=bucket < buckets, other=0x7FFFFFFF)
     is_key, is_lane = key < num_keys, lane < D
     table = page_table + head * stride_th
     page = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
@@ -98,7 +99,7 @@ def attention_mass_kernel(
     group = 0 if SUMS_GROUP else tl.program_id(2)
     into = mass + head * stride_mh + group * stride_mg + key[:, None].to(tl.int64) * stride_mk
     into += bucket[None, :]
-    m_mask = is_key[:, None] & (bucket < BUCKETS)[None, :]
+    m_mask = is_key[:, None] & (bucket < buckets)[None, :]
     tl.store(into, tl.load(into, mask=m_mask, other=0.0) + acc, mask=m_mask)
 
 
@@ -137,12 +138,12 @@ def attention_mass(
         page_table.stride(0),
         *lse.stride(),
         *mass.stride()[:3],
+        mass.shape[3],
         G=group,
         SUMS_GROUP=sums_group,
         D=head_size,
         D_PAD=max(16, triton.next_power_of_2(head_size)),
         BLOCK_SIZE=pages.shape[1],
-        BUCKETS=mass.shape[3],
         BUCKETS_PAD=triton.next_power_of_2(mass.shape[3]),
         KEYS=keys,
         QUERIES=64 if head_size <= 128 else 32,
