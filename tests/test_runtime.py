@@ -3,6 +3,8 @@ the kernels gives the reference's outputs and head tables."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,9 +32,8 @@ class Trial:
         self.generator = torch.Generator().manual_seed(5)
         self.outputs: list[torch.Tensor] = []
         self.kept: dict[str, int] = {}
-        self._run()
 
-    def _run(self) -> None:
+    def run(self) -> Trial:
         runtime, generator = self.runtime, self.generator
         free = list(range(1, BLOCKS))
         blocks, seen, left = {}, dict.fromkeys(PROMPTS, 0), {}
@@ -70,6 +71,7 @@ class Trial:
                 self.outputs.append(output)
             report = runtime.finish_step(step).get()
             self.kept.update({name: kept.kept_slots for name, kept in report.kept.items()})
+        return self
 
     def positions(self, name: str) -> list[list[int]]:
         """Kept by each head."""
@@ -83,10 +85,35 @@ class Trial:
 @pytest.mark.parametrize("kernels", [cpu, triton], ids=lambda module: module.__name__)
 def test_whole_steps(kernels: Kernels, ladder: str) -> None:
     assert cpu.problem(SIZE, torch.float32) == "", "the extension must be built to test it"
-    ours, wanted = Trial(kernels, ladder), Trial(reference, ladder)
+    ours, wanted = Trial(kernels, ladder).run(), Trial(reference, ladder).run()
     assert ours.kept == wanted.kept and sum(ours.kept.values()) < LAYERS * HEADS * 153
     for name in PROMPTS:
         assert ours.positions(name) == wanted.positions(name)
     assert len(ours.outputs) == len(wanted.outputs)
     for a, b in zip(ours.outputs, wanted.outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Watched:
+    """The reference, noting which operations ran."""
+
+    def __init__(self) -> None:
+        self.ran: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.ran.add(name)
+        return getattr(reference, name)
+
+
+@pytest.mark.parametrize("ladder", ["paper", "adaptive"])
+def test_warm_up_runs_every_operation_and_leaves_nothing(ladder: str) -> None:
+    watched = Watched()
+    warm, cold = Trial(watched, ladder), Trial(reference, ladder).run()  # type: ignore[arg-type]
+    warm.runtime.warm_up()
+    warmed_up = set(watched.ran)
+    warm.run()
+    assert watched.ran == warmed_up
+    for name in PROMPTS:
+        assert warm.positions(name) == cold.positions(name)
+    for a, b in zip(warm.outputs, cold.outputs, strict=True):
+        assert torch.equal(a, b)

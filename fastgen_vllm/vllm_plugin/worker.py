@@ -125,6 +125,10 @@ class FastGenCPUWorker(FastGenWorkerMixin, CPUWorker):
 class FastGenGPUWorker(FastGenWorkerMixin, GPUWorker):
     """vLLM's CUDA worker with FastGen."""
 
+    def compile_or_warm_up_model(self) -> Any:
+        self.runtime.warm_up()
+        return super().compile_or_warm_up_model()
+
 
 def _override(sampling_params: Any) -> RequestOverride:
     return RequestOverride.from_extra_args(sampling_params and sampling_params.extra_args)
