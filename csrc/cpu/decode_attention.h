@@ -2,7 +2,9 @@
 // length, so each is cut into parts of about equal work; whoever finishes a head's last part
 // merges it, and adds the probabilities to the slots' scores from the raw scores it kept.
 
-constexpr int kSlots = 64;     // slots of a step of the online softmax
+// Slots of a step of the online softmax. K is fetched ahead during the dot products and V while the
+// values are added: with short steps the memory idles less during what lies between.
+constexpr int kSlots = W == 16 ? 64 : 16;
 constexpr int kGroupMax = W == 16 ? 4 : 3;  // query heads of a register block
 
 // Small enough that threads end together, large enough to outweigh a merge; and the same in every
@@ -147,24 +149,32 @@ INLINE void attend_slots(const DecodeAttention& a, const float* query, const T**
                          float* maxima, float* sums, float* raw, int64_t raw_stride) {
   int64_t D = a.head_size;
   float scale = a.scale * kLog2e;
-  alignas(64) float scores[G * kSlots], shrink[G];
+  alignas(64) float scores[G * kSlots], shrink[W];
   dot_slots<Lane, G>(query, rows, next_rows, n, D, scores);
+  vf x[G][kSlots / W];
   for (int g = 0; g < G; ++g) {
     float* row = scores + g * kSlots;
-    vf x[kSlots / W], best = splat(kMinusInfinity);
+    vf best = splat(maxima[g]);
     for (int v = 0; v < kSlots / W; ++v) {
-      x[v] = load_int(positions + v * W) >= 0 ? load(row + v * W) * scale : splat(kMinusInfinity);
-      best = vmax(best, x[v]);
-      if (raw) store(row + v * W, x[v]);
+      x[g][v] = load_int(positions + v * W) >= 0 ? load(row + v * W) * scale : splat(kMinusInfinity);
+      best = vmax(best, x[g][v]);
     }
-    if (raw) __builtin_memcpy(raw + g * raw_stride, row, n * sizeof(float));
+    if (raw) {
+      float* to = n == kSlots ? raw + g * raw_stride : row;
+      for (int v = 0; v < kSlots / W; ++v) store(to + v * W, x[g][v]);
+      if (n < kSlots) __builtin_memcpy(raw + g * raw_stride, row, n * sizeof(float));
+    }
     float new_max = hmax(best);
-    if (new_max < maxima[g]) new_max = maxima[g];
-    shrink[g] = exp2_nonpositive(splat(maxima[g] - new_max))[0];
+    shrink[g] = maxima[g] - new_max;
     maxima[g] = new_max;
+  }
+  for (int g = G; g < W; ++g) shrink[g] = 0.0f;
+  store(shrink, exp2_nonpositive(load(shrink)));
+  for (int g = 0; g < G; ++g) {
+    float* row = scores + g * kSlots;
     vf sum = splat(0.0f);
     for (int v = 0; v < kSlots / W; v += 2) {
-      vf low = exp2_nonpositive(x[v] - new_max), high = exp2_nonpositive(x[v + 1] - new_max);
+      vf low = exp2_nonpositive(x[g][v] - maxima[g]), high = exp2_nonpositive(x[g][v + 1] - maxima[g]);
       sum += low + high;
       store_lanes(row + v * W / Lane::kPer, low, high, Lane());
     }

@@ -22,7 +22,11 @@ INLINE void fill(float* from, float* end, float x) {
   for (; from < end; ++from) *from = x;
 }
 
-INLINE vf splat(float x) { return vf{} + x; }
+#if FASTGEN_WIDTH == 16
+INLINE vf splat(float x) { return (vf)_mm512_set1_ps(x); }
+#else
+INLINE vf splat(float x) { return (vf)_mm256_set1_ps(x); }
+#endif
 INLINE vi splat_int(int32_t x) { return vi{} + x; }
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 INLINE vi iota() {
@@ -77,9 +81,9 @@ INLINE void store(f16* p, vf x) {
 }
 INLINE __m256 fold(vf x) { return (__m256)x; }
 INLINE float hmax(vf x) {
-  float best = x[0];
-  for (int j = 1; j < W; ++j) best = x[j] > best ? x[j] : best;
-  return best;
+  __m128 best = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  best = _mm_max_ps(best, _mm_movehl_ps(best, best));
+  return _mm_cvtss_f32(_mm_max_ss(best, _mm_movehdup_ps(best)));
 }
 #endif
 
@@ -90,9 +94,10 @@ INLINE __m128 hsum4(vf a, vf b, vf c, vf d) {
   return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 INLINE float hsum(vf x) {
-  float total = 0;
-  for (int j = 0; j < W; ++j) total += x[j];
-  return total;
+  __m256 y = fold(x);
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
 // 2^x for x <= 0, within 2e-7 of its size; 0 below -126, so that 2^-inf is 0.
