@@ -18,15 +18,15 @@ from fastgen_vllm.policy import Choice
 from fastgen_vllm.tools.lab import Lab, Variant
 
 COLOURS = {
-    "special": "#9ecae1",
-    "special+punctuation": "#4292c6",
-    "special+local": "#a1d99b",
-    "special+punctuation+local": "#41ab5d",
-    "special+frequent": "#fdd0a2",
-    "special+punctuation+frequent": "#fd8d3c",
-    "special+frequent+local": "#dadaeb",
-    "special+punctuation+frequent+local": "#807dba",
-    "full": "#636363",
+    "special": "#4292c6",
+    "special+punctuation": "#08519c",
+    "special+local": "#74c476",
+    "special+punctuation+local": "#238b45",
+    "special+frequent": "#fdae6b",
+    "special+punctuation+frequent": "#e6550d",
+    "special+frequent+local": "#807dba",
+    "special+punctuation+frequent+local": "#54278f",
+    "full": "#525252",
 }
 """By kind of hybrid, from what keeps little to what keeps all; others are added as they come."""
 
@@ -116,29 +116,31 @@ def picture(found: Profiled) -> Any:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch, Rectangle
 
     layers, heads = found.choice.policy.shape
     kept = found.choice.kept.float().mean(-1)
     kinds = Counter(kind for layer in found.kinds for kind in layer)
-    spare = iter(["#fbb4ae", "#b3cde3", "#ccebc5", "#decbe4", "#fed9a6"] * len(kinds))
+    spare = iter(["#e377c2", "#17becf", "#bcbd22", "#8c564b", "#d62728"] * len(kinds))
     colours = {kind: COLOURS.get(kind) or next(spare) for kind in [*COLOURS, *kinds]}
     figure = plt.figure(figsize=(11, max(6.0, 0.27 * layers + 2.2)), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(max(1.1, 0.16 * heads), 1))
     axes = figure.add_subplot(grid[:, 0])
     for layer in range(layers):
         for head in range(heads):
-            colour = colours[found.kinds[layer][head]]
+            share = float(kept[layer, head])
+            depth = 0.25 + 0.75 * share
+            colour = [1 - depth * (1 - c) for c in to_rgb(colours[found.kinds[layer][head]])]
             axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, facecolor=colour, ec="w"))
-            dark = found.kinds[layer][head] in ("full", "special+punctuation+frequent+local")
             axes.text(
                 head,
                 layer,
-                f"{float(kept[layer, head]):.0%}",
+                f"{share:.0%}",
                 ha="center",
                 va="center",
                 fontsize=8,
-                color="white" if dark else "black",
+                color="white" if sum(colour) < 1.5 else "black",
             )
     axes.set_xlim(-0.5, heads - 0.5)
     axes.set_ylim(layers - 0.5, -0.5)
@@ -146,7 +148,9 @@ def picture(found: Profiled) -> Any:
     axes.set_yticks(range(layers))
     axes.set_xlabel("KV head")
     axes.set_ylabel("layer")
-    axes.set_title("policy (colour) and share of the prompt kept (number)", fontsize=10)
+    axes.set_title(
+        "policy (colour), and share of the prompt kept (number, depth of colour)", fontsize=10
+    )
     shown = [kind for kind in colours if kind in kinds]
     patches = [Patch(color=colours[kind], label=f"{kind} ({kinds[kind]})") for kind in shown]
     axes.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.07), fontsize=8)
