@@ -62,19 +62,13 @@ PAPER_LADDER = (
     Hybrid(special=True, punctuation=True, frequent=0.3, local=0.3),
     FULL,
 )
-
-
 FREQUENT_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
-
-
-def _adaptive_ladder() -> tuple[Hybrid, ...]:
-    """Rising shares of frequent tokens, each with a window half as wide. Special tokens are few,
-    and attention sinks are among them: they always stay."""
-    rising = [Hybrid(special=True, frequent=f, local=f / 2) for f in FREQUENT_RATIOS]
-    return (Hybrid(special=True), *rising, FULL)
-
-
-ADAPTIVE_LADDER = _adaptive_ladder()
+ADAPTIVE_LADDER = (
+    Hybrid(special=True),
+    *(Hybrid(special=True, frequent=f, local=f / 2) for f in FREQUENT_RATIOS),
+    FULL,
+)
+"""Special tokens are few, and attention sinks are among them: they always stay."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,8 @@ class FastGenConfig(BaseModel):
 
     Attributes:
         recovery: threshold T, the attention mass a head's policy must keep (0 to 1). At 1.0
-            every head keeps everything and nothing is profiled.
+            every head keeps everything and nothing is profiled. With another ladder than the
+            adaptive one the default is 0.95.
         kv_budget: instead of a threshold, the share of the full cache's memory that a prompt may
             keep, spread over its layers and heads so that most attention is recovered.
         method: ``fastgen``, or a method of the literature for comparison, which needs
@@ -150,6 +145,13 @@ class FastGenConfig(BaseModel):
     kernels: KernelChoice = "auto"
     extra_special_tokens: tuple[str, ...] = ()
     debug: bool = Field(default_factory=lambda: os.environ.get("FASTGEN_DEBUG", "0") == "1")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_ladder(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("ladder", "adaptive") == "adaptive":
+            return values
+        return {"recovery": 0.95, **values}
 
     @model_validator(mode="after")
     def _check(self) -> FastGenConfig:

@@ -69,3 +69,10 @@ def test_adaptive_ladder_rises() -> None:
     assert all(h.special and h.local == h.frequent / 2 for h in rising)
     shares = [h.frequent + h.local for h in rising]
     assert shares == sorted(set(shares)) and shares[-1] < 1
+
+
+def test_default_threshold_suits_the_ladder() -> None:
+    assert FastGenConfig().recovery == 0.88
+    assert FastGenConfig(ladder="paper").recovery == 0.95
+    assert FastGenConfig.from_dict({"ladder": [{"local": 0.1}]}).recovery == 0.95
+    assert FastGenConfig(ladder="paper", recovery=0.8).recovery == 0.8
