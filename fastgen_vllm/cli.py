@@ -41,8 +41,8 @@ def bench(
     """Measure stock vLLM and FastGen side by side: JSON, a Markdown table and a chart."""
     from fastgen_vllm.tools import bench as tool
 
-    recoveries = tuple(recovery or (1.0, FastGenConfig().recovery))
     extra = _settings(settings)
+    recoveries = tuple(recovery or (1.0, _config(extra).recovery))
     for value in recoveries:
         _config({"recovery": value, **extra})
     _check_model(model)
