@@ -157,40 +157,6 @@ class Runtime:
             cpu.use_huge_pages(kv)
         self.prefills: dict[str, Prefill] = {}
 
-    def warm_up(self) -> None:
-        """Run a made-up request, so that no user's request waits for kernels to be compiled.
-
-        Nobody may own a block yet: it uses the first ones, and leaves nothing but K and V there.
-        """
-        config, pool = self.config, self.pool
-        name, device, dtype = "warm-up", pool.kv.device, pool.kv.dtype
-        heads, size = pool.num_kv_heads, pool.kv.shape[-1] // 2
-        room = (pool.num_blocks - 2) * pool.block_size
-        n = min(max(config.min_prompt_tokens, 8 * pool.block_size), room)
-        compresses = config.method == "fastgen"
-        self.begin_prefill(
-            name, [0] * n, RequestOverride(fastgen_kv_budget=0.5 if compresses else None)
-        )
-        blocks = list(range(1, 1 + -(-n // pool.block_size)))
-        for num_tokens, seen in ((n, n), (1, n + 1)):
-            step = self.start_step(
-                [name],
-                torch.tensor([0, num_tokens]),
-                torch.tensor([seen], device=device),
-                torch.tensor([blocks], device=device),
-                torch.zeros(num_tokens, dtype=torch.int64, device=device),
-            )
-            key = torch.randn(num_tokens, heads, size, dtype=dtype, device=device)
-            query = key.repeat_interleave(self.group_size, dim=1)
-            for layer in range(pool.num_layers):
-                self.forward(step, layer, query, key, key, torch.empty_like(query), size**-0.5)
-            self.finish_step(step).get()
-            if seen == n:
-                self.grant(name, [blocks[-1] + 1])
-        page = pool.pages_of(torch.tensor(blocks[:1], device=device))[0, 0]
-        self.kernels.move_pages(pool.kv, page, page)  # if all heads kept alike, none had to move
-        self.release(name)
-
     def begin_prefill(
         self, request_id: str, token_ids: Sequence[int], override: RequestOverride
     ) -> None:

@@ -12,6 +12,7 @@ from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import Kernels, cpu, reference, triton
 from fastgen_vllm.runtime import Runtime
 from fastgen_vllm.tokens import TokenFlags
+from fastgen_vllm.warm_up import warm_up
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS, VOCAB = 2, 2, 3, 32, 8, 64, 50
 PROMPTS = {"a": 47, "b": 16, "c": 90}
@@ -109,7 +110,7 @@ class Watched:
 def test_warm_up_runs_every_operation_and_leaves_nothing(ladder: str) -> None:
     watched = Watched()
     warm, cold = Trial(watched, ladder), Trial(reference, ladder).run()  # type: ignore[arg-type]
-    warm.runtime.warm_up()
+    warm_up(warm.runtime)
     warmed_up = set(watched.ran)
     warm.run()
     assert watched.ran == warmed_up

@@ -17,6 +17,7 @@ from fastgen_vllm.runtime import PendingReport, Runtime
 from fastgen_vllm.tokens import TokenFlags
 from fastgen_vllm.vllm_plugin import flash_attention
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
+from fastgen_vllm.warm_up import warm_up
 
 logger = init_logger("vllm.fastgen")
 
@@ -126,7 +127,7 @@ class FastGenGPUWorker(FastGenWorkerMixin, GPUWorker):
     """vLLM's CUDA worker with FastGen."""
 
     def compile_or_warm_up_model(self) -> Any:
-        self.runtime.warm_up()
+        warm_up(self.runtime)
         return super().compile_or_warm_up_model()
 
 
