@@ -31,7 +31,9 @@ def fastgen() -> None:
 @app.command()
 def bench(
     model: Annotated[Path, typer.Argument(help="A model folder.")] = DEMO_MODEL,
-    recovery: Annotated[list[float] | None, typer.Option(help="May be repeated.")] = None,
+    recovery: Annotated[
+        list[float] | None, typer.Option(help="May be repeated. By default 1 and the settings'.")
+    ] = None,
     settings: Settings = "{}",
     json_path: Annotated[Path, typer.Option("--json")] = Path("out/bench.json"),
     rounds: Annotated[int | None, typer.Option(min=1, help="How often engines take turns.")] = None,
@@ -42,9 +44,10 @@ def bench(
     from fastgen_vllm.tools import bench as tool
 
     extra = _settings(settings)
-    recoveries = tuple(recovery or (1.0, _config(extra).recovery))
-    for value in recoveries:
-        _config({"recovery": value, **extra})
+    _config(extra)
+    for value in recovery or ():
+        _config({"recovery": value})
+    recoveries = tuple(recovery) if recovery else (1.0, None)
     _check_model(model)
     plan = tool.QUICK_PLAN if quick else tool.FULL_PLAN
     if rounds is not None:

@@ -101,11 +101,12 @@ class FastGenConfig(BaseModel):
     """Engine settings, read from ``additional_config["fastgen"]``.
 
     Attributes:
-        recovery: threshold T, the attention mass a head's policy must keep (0 to 1). At 1.0
-            every head keeps everything and nothing is profiled. With another ladder than the
-            adaptive one the default is 0.95.
-        kv_budget: instead of a threshold, the share of the full cache's memory that a prompt may
-            keep, spread over its layers and heads so that most attention is recovered.
+        kv_budget: the share of the full cache's memory that a prompt may keep, spread over its
+            layers and heads so that most attention is recovered. The default, where ``recovery``
+            is not given either, is 0.4 with the adaptive ladder.
+        recovery: or a threshold T, the attention mass a head's policy must keep (0 to 1). At 1.0
+            every head keeps everything and nothing is profiled. 0.95, the paper's, is the default
+            of other ladders.
         method: ``fastgen``, or a method of the literature for comparison, which needs
             ``kv_budget``: see ``fastgen_vllm/peers.py``.
         ladder: ``"adaptive"``, rising ratios; ``"paper"``; or a list of hybrids. The full policy
@@ -127,8 +128,8 @@ class FastGenConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    recovery: float = Field(default=0.88, ge=0.0, le=1.0)
     kv_budget: float | None = Field(default=None, gt=0.0, le=1.0)
+    recovery: float | None = Field(default=None, ge=0.0, le=1.0)
     method: Method = "fastgen"
     ladder: Literal["adaptive", "paper"] | tuple[Hybrid, ...] = "adaptive"
     group_reduction: Literal["mean", "min"] = "mean"
@@ -148,13 +149,18 @@ class FastGenConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _suit_ladder(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("ladder", "adaptive") == "adaptive":
+    def _default_goal(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if any(values.get(name) is not None for name in ("kv_budget", "recovery")):
             return values
-        return {"recovery": 0.95, **values}
+        if values.get("method", "fastgen") != "fastgen":
+            return values
+        adaptive = values.get("ladder", "adaptive") == "adaptive"
+        return {**values, **({"kv_budget": 0.4} if adaptive else {"recovery": 0.95})}
 
     @model_validator(mode="after")
     def _check(self) -> FastGenConfig:
+        if self.kv_budget is not None and self.recovery is not None:
+            raise ValueError("give kv_budget or recovery, not both")
         if self.method != "fastgen" and self.kv_budget is None:
             raise ValueError(f"method {self.method!r} needs a kv_budget, for example 0.3")
         if self.score_pooling is not None and self.score_pooling % 2 == 0:
@@ -196,9 +202,10 @@ class FastGenConfig(BaseModel):
         """What a prompt is compressed to, for the log."""
         if self.method != "fastgen":
             return f"method {self.method}, kv_budget {self.kv_budget:g}"
-        if self.kv_budget is not None:
-            return f"kv_budget {self.kv_budget:g}, ladder {self.ladder_name}"
-        return f"recovery {self.recovery:.4g}, ladder {self.ladder_name}"
+        goal = (
+            f"kv_budget {self.kv_budget:g}" if self.kv_budget else f"recovery {self.recovery:.4g}"
+        )
+        return f"{goal}, ladder {self.ladder_name}"
 
     @property
     def profiling(self) -> Profiling:

@@ -15,15 +15,15 @@ from fastgen_vllm.queries import query_runs
 
 @dataclass(frozen=True)
 class Goal:
-    """What a prompt is compressed to: ``budget``, a share of the full cache's memory, or, where
-    that is None, whatever reaches the recovery ``threshold``."""
+    """What a prompt is compressed to: ``budget``, a share of the full cache's memory, or whatever
+    reaches the recovery ``threshold``. The other one is None."""
 
-    threshold: float
+    threshold: float | None
     budget: float | None
 
     @property
     def keeps_everything(self) -> bool:
-        return (self.threshold if self.budget is None else self.budget) >= 1.0
+        return 1.0 in (self.threshold, self.budget)
 
 
 class PromptProfile:
@@ -141,4 +141,5 @@ class PromptProfile:
             return PEERS[self.config.method](self.ladder, stats, self.goal.budget)
         if self.goal.budget is not None:
             return share_budget(self.ladder, stats, self.goal.budget)
+        assert self.goal.threshold is not None
         return choose(self.ladder, stats, self.goal.threshold)

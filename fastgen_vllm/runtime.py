@@ -184,9 +184,10 @@ class Runtime:
         self.prefills[request_id] = Prefill(n, special, punctuation, profile)
 
     def _goal(self, override: RequestOverride) -> Goal:
-        if override.fastgen_recovery is not None:
-            return Goal(override.fastgen_recovery, None)
-        return Goal(self.config.recovery, override.fastgen_kv_budget or self.config.kv_budget)
+        goal = Goal(override.fastgen_recovery, override.fastgen_kv_budget)
+        if goal == Goal(None, None):
+            return Goal(self.config.recovery, self.config.kv_budget)
+        return goal
 
     def release(self, request_id: str) -> None:
         """The request finished, was aborted or was preempted: its blocks are not its own now."""

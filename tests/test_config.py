@@ -9,11 +9,12 @@ from fastgen_vllm.config import FastGenConfig, Hybrid, RequestOverride
     [
         ({"recovery": 1.2}, r"fastgen\.recovery: got 1\.2.*less than or equal to 1"),
         ({"recovery": "high"}, r"fastgen\.recovery: got 'high'"),
-        ({"recover": 0.9}, r"fastgen\.recover: unknown key; known keys: recovery, kv_budget"),
+        ({"recover": 0.9}, r"fastgen\.recover: unknown key; known keys: kv_budget, recovery"),
         ({"kv_budget": 0.0}, r"fastgen\.kv_budget: got 0\.0.*greater than 0"),
         ({"kv_budget": 1.5}, r"fastgen\.kv_budget: got 1\.5.*less than or equal to 1"),
         ({"method": "h3o", "kv_budget": 0.3}, r"fastgen\.method: got 'h3o'.*'snapkv'"),
         ({"method": "h2o"}, "method 'h2o' needs a kv_budget"),
+        ({"kv_budget": 0.3, "recovery": 0.9}, "give kv_budget or recovery, not both"),
         ({"score_pooling": 4}, "score_pooling 4 is even"),
         ({"frequent_score": "mean"}, "'mean' goes with query_weighting 'uniform'"),
         ({"query_sampling": 0}, r"fastgen\.query_sampling: got 0.*greater than or equal to 1"),
@@ -71,8 +72,16 @@ def test_adaptive_ladder_rises() -> None:
     assert shares == sorted(set(shares)) and shares[-1] < 1
 
 
-def test_default_threshold_suits_the_ladder() -> None:
-    assert FastGenConfig().recovery == 0.88
-    assert FastGenConfig(ladder="paper").recovery == 0.95
-    assert FastGenConfig.from_dict({"ladder": [{"local": 0.1}]}).recovery == 0.95
-    assert FastGenConfig(ladder="paper", recovery=0.8).recovery == 0.8
+@pytest.mark.parametrize(
+    ("settings", "goal"),
+    [
+        ({}, "kv_budget 0.4, ladder adaptive"),
+        ({"recovery": 0.88}, "recovery 0.88, ladder adaptive"),
+        ({"recovery": 0.0}, "recovery 0, ladder adaptive"),
+        ({"ladder": "paper"}, "recovery 0.95, ladder paper"),
+        ({"ladder": [{"local": 0.1}]}, "recovery 0.95, ladder local(0.1) -> full"),
+        ({"ladder": "paper", "kv_budget": 0.5}, "kv_budget 0.5, ladder paper"),
+    ],
+)
+def test_default_goal_suits_the_ladder(settings: dict, goal: str) -> None:
+    assert FastGenConfig.from_dict(settings).goal == goal

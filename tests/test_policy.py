@@ -185,7 +185,7 @@ def test_adaptive_ladder(n: int, threshold: float) -> None:
 @pytest.mark.parametrize("budget", [0.1, 0.3, 0.6, 0.95])
 def test_budget_is_kept_and_well_spent(budget: float, ladder: str) -> None:
     """No more than the budget; and no exchange between the two heads would recover more."""
-    prompt = Prompt.random(161, 3, Goal(0.5, budget), 64, ladder=ladder, frequent_score="sum")
+    prompt = Prompt.random(161, 3, Goal(None, budget), 64, ladder=ladder, frequent_score="sum")
     profile = prompt.profile
     stats = profile.stats()
     choice, found = profile.choose(stats), evaluate(profile.ladder, stats)
@@ -206,7 +206,7 @@ def test_budget_is_kept_and_well_spent(budget: float, ladder: str) -> None:
 @pytest.mark.parametrize("budget", [0.2, 0.5])
 def test_peers_keep_their_budget(method: str, n: int, budget: float) -> None:
     prompt = Prompt.random(
-        n, 3, Goal(1.0, budget), 64, ladder="paper", method=method, kv_budget=budget
+        n, 3, Goal(None, budget), 64, ladder="paper", method=method, kv_budget=budget
     )
     stats = prompt.profile.stats()
     stats = replace(stats, scores=stats.scores.repeat(3, 1, 1))  # three layers

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.tools.bench_engine import BenchEngine
 from fastgen_vllm.tools.kernel_bench import ModelShape, kernel_figures
 from fastgen_vllm.tools.texts import natural_text
@@ -22,7 +23,7 @@ from fastgen_vllm.tools.texts import natural_text
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a scenario: an engine, and the recovery its requests ask for."""
+    """One line of a scenario: an engine, and the recovery its requests ask for, if any."""
 
     name: str
     engine: str
@@ -72,12 +73,12 @@ QUICK_PLAN = Plan(
 def run_bench(
     model: str,
     plan: Plan,
-    recoveries: tuple[float, ...],
+    recoveries: tuple[float | None, ...],
     settings: dict[str, Any],
     dtype: str,
     quick: bool,
 ) -> dict[str, Any]:
-    """Everything, as one JSON object."""
+    """Everything, as one JSON object. A recovery of None is the settings' own goal."""
     from transformers import AutoTokenizer
 
     config = json.loads((Path(model) / "config.json").read_text())
@@ -87,7 +88,10 @@ def run_bench(
     token_bytes = config["num_hidden_layers"] * kv_heads * head_size * 2 * size
     text = AutoTokenizer.from_pretrained(model).encode(natural_text())
     variants = [Variant("stock", "stock")]
-    variants += [Variant(f"FastGen {r:g}", "fastgen", r) for r in recoveries]
+    own_goal = FastGenConfig.from_dict(settings).goal.split(",")[0]
+    for recovery in recoveries:
+        goal = own_goal if recovery is None else f"recovery {recovery:g}"
+        variants.append(Variant(f"FastGen, {goal}", "fastgen", recovery))
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": machine(),
@@ -104,7 +108,7 @@ def run_bench(
             load = max(s.num_requests * (s.prompt_tokens + s.max_tokens + 128) for s in scenarios)
             kv_bytes = int(share * load * token_bytes)
             longest = max(s.prompt_tokens + s.max_tokens for s in scenarios)
-            with engines(model, kv_bytes, longest, settings, recoveries[0], dtype) as running:
+            with engines(model, kv_bytes, longest, settings, dtype) as running:
                 total = len(scenarios) * plan.rounds * len(variants)
                 task = progress.add_task(f"{group} KV memory, {kv_bytes >> 20} MiB", total=total)
                 results[group] = {"kv_bytes": kv_bytes, "scenarios": []}
@@ -146,7 +150,6 @@ def engines(
     kv_bytes: int,
     max_model_len: int,
     settings: dict[str, Any],
-    recovery: float,
     dtype: str,
 ) -> Iterator[dict[str, BenchEngine]]:
     """Stock and FastGen, started together, with the same options and KV bytes."""
@@ -161,7 +164,6 @@ def engines(
         "max_model_len": max_model_len,
         "seed": 0,
     }
-    fastgen = {"recovery": recovery, **settings}
     running = {
         "stock": BenchEngine("stock", options),
         "fastgen": BenchEngine(
@@ -169,7 +171,7 @@ def engines(
             {
                 **options,
                 "attention_backend": "FASTGEN",
-                "additional_config": {"fastgen": fastgen},
+                "additional_config": {"fastgen": settings},
             },
         ),
     }

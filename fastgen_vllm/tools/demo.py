@@ -44,7 +44,7 @@ def prompts() -> list[str]:
     return [*pieces, KOREAN * 3]
 
 
-def run_engine(backend: str, model: str, recovery: float) -> dict[str, Any]:
+def run_engine(backend: str, model: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Generate with one engine and measure it."""
     from vllm import LLM, SamplingParams
 
@@ -52,7 +52,7 @@ def run_engine(backend: str, model: str, recovery: float) -> dict[str, Any]:
     if backend == "fastgen":
         options = {
             "attention_backend": "FASTGEN",
-            "additional_config": {"fastgen": {"recovery": recovery}},
+            "additional_config": {"fastgen": settings},
         }
     llm = LLM(
         model,
@@ -94,11 +94,11 @@ def kv_bytes_per_token(model: str) -> int:
     return heads * head_size * 2 * (4 if suitable_dtype() == "float32" else 2)
 
 
-def run_in_child(backend: str, model: str, recovery: float) -> dict[str, Any]:
+def run_in_child(backend: str, model: str, settings: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "fastgen_vllm.tools.demo", model, "--recovery"]
-        command += [str(recovery), "--engine", backend, "--out", str(target)]
+        command = [sys.executable, "-m", "fastgen_vllm.tools.demo", model, "--settings"]
+        command += [json.dumps(settings), "--engine", backend, "--out", str(target)]
         log = Path(folder) / "log.txt"
         with log.open("w") as stream:
             status = subprocess.run(command, stdout=stream, stderr=stream).returncode
@@ -135,23 +135,25 @@ def show(summary: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--recovery", type=float, default=FastGenConfig().recovery)
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, help="FastGen's, as JSON; the defaults without"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/demo.json"))
     parser.add_argument("--engine", choices=("stock", "fastgen"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.engine:
-        args.out.write_text(json.dumps(run_engine(args.engine, args.model, args.recovery)))
+        args.out.write_text(json.dumps(run_engine(args.engine, args.model, args.settings)))
         return
-    stock = run_in_child("stock", args.model, args.recovery)
-    fastgen = run_in_child("fastgen", args.model, args.recovery)
+    goal = FastGenConfig.from_dict(args.settings).goal
+    stock = run_in_child("stock", args.model, args.settings)
+    fastgen = run_in_child("fastgen", args.model, args.settings)
     kept = [info["kv_kept_ratio"] for info in fastgen["kept"]]
     summary = {
         "model": Path(args.model).name,
         "vllm_version": vllm_version(),
         "dtype": suitable_dtype(),
-        "recovery": args.recovery,
-        "ladder": FastGenConfig().ladder_name,
+        "goal": goal,
         "kv_kept_ratio": sum(kept) / len(kept),
         "kv_bytes": KV_TOKENS * kv_bytes_per_token(args.model),
         "max_running_stock": stock["max_running"],

@@ -31,16 +31,17 @@ def variants(
     """The full cache first; then every method over the budgets, and both ladders over T.
 
     Args:
-        settings: of FastGen's own method.
+        settings: of FastGen's own method; a goal among them gives way to those compared.
     """
+    own = {k: v for k, v in settings.items() if k not in ("kv_budget", "recovery")}
     found = [Variant("full", FastGenConfig(kv_budget=1.0))]
     for recovery in recoveries:
-        config = FastGenConfig.from_dict({**settings, "recovery": recovery})
+        config = FastGenConfig.from_dict({**own, "recovery": recovery})
         found.append(Variant(f"FastGen, T {recovery:g}", config))
         config = FastGenConfig(ladder="paper", recovery=recovery)
         found.append(Variant(f"paper's ladder, T {recovery:g}", config))
     for budget in budgets:
-        config = FastGenConfig.from_dict({**settings, "kv_budget": budget})
+        config = FastGenConfig.from_dict({**own, "kv_budget": budget})
         found.append(Variant(f"FastGen, budget {budget:g}", config))
         found += [
             Variant(
