@@ -202,10 +202,9 @@ class FastGenConfig(BaseModel):
         """What a prompt is compressed to, for the log."""
         if self.method != "fastgen":
             return f"method {self.method}, kv_budget {self.kv_budget:g}"
-        goal = (
-            f"kv_budget {self.kv_budget:g}" if self.kv_budget else f"recovery {self.recovery:.4g}"
-        )
-        return f"{goal}, ladder {self.ladder_name}"
+        if self.kv_budget is not None:
+            return f"kv_budget {self.kv_budget:g}, ladder {self.ladder_name}"
+        return f"recovery {self.recovery:.4g}, ladder {self.ladder_name}"
 
     @property
     def profiling(self) -> Profiling:
