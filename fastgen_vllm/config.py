@@ -119,7 +119,8 @@ class FastGenConfig(BaseModel):
             the paper's ladder that is the paper's plain attention mass.
         query_sampling: profile every s-th of the prompt queries that the weighting looks at.
         block_size: tokens per block, and slots per head page.
-        min_prompt_tokens: shorter prompts are kept whole.
+        min_prompt_tokens: shorter prompts are kept whole, and a budget leaves a longer one the
+            memory of at least so many tokens.
         kernels: ``auto`` takes the fastest that serve this device and model; ``native`` insists
             on compiled ones; ``reference`` is plain PyTorch.
         extra_special_tokens: strings that count as special tokens beside the tokenizer's.
@@ -142,7 +143,7 @@ class FastGenConfig(BaseModel):
     value_weighting: bool | None = None
     query_sampling: int = Field(default=1, ge=1, le=1024)
     block_size: Literal[8, 16, 32, 64, 128] = 16
-    min_prompt_tokens: int = Field(default=64, ge=1)
+    min_prompt_tokens: int = Field(default=256, ge=1)
     kernels: KernelChoice = "auto"
     extra_special_tokens: tuple[str, ...] = ()
     debug: bool = Field(default_factory=lambda: os.environ.get("FASTGEN_DEBUG", "0") == "1")

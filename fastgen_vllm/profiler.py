@@ -140,6 +140,7 @@ class PromptProfile:
             assert self.goal.budget is not None
             return PEERS[self.config.method](self.ladder, stats, self.goal.budget)
         if self.goal.budget is not None:
-            return share_budget(self.ladder, stats, self.goal.budget)
+            least = self.config.min_prompt_tokens / self.num_tokens
+            return share_budget(self.ladder, stats, max(self.goal.budget, least))
         assert self.goal.threshold is not None
         return choose(self.ladder, stats, self.goal.threshold)

@@ -17,7 +17,7 @@ def warm_up(runtime: Runtime) -> None:
     name, device, dtype = "warm-up", pool.kv.device, pool.kv.dtype
     heads, size = pool.num_kv_heads, pool.kv.shape[-1] // 2
     room = (pool.num_blocks - 2) * pool.block_size
-    n = min(max(config.min_prompt_tokens, 8 * pool.block_size), room)
+    n = min(2 * max(config.min_prompt_tokens, 4 * pool.block_size), room)
     compresses = config.method == "fastgen"
     runtime.begin_prefill(
         name, [0] * n, RequestOverride(fastgen_kv_budget=0.5 if compresses else None)

@@ -25,7 +25,7 @@ def test_the_lab_is_the_engine(model: str, engine: Engine, goal: dict) -> None:
     extra = {f"fastgen_{name}": value for name, value in goal.items()}
     name = engine.add(english(2500, "types"), max_tokens=32, ignore_eos=True, extra_args=extra)
     wanted = engine.run(trace=True)[name]
-    lab = Lab(model, [Variant("one", FastGenConfig(**goal))], 4096)
+    lab = Lab(model, [Variant("one", FastGenConfig(min_prompt_tokens=16, **goal))], 4096)
     lab.prefill(wanted.prompt, chunk=100)
     assert lab.choices["one"].policy.tolist() == wanted.policy
     for step, token in enumerate(wanted.output):

@@ -34,7 +34,7 @@ class Prompt:
         cls, n: int, group: int, goal: Goal, chunk: int, peaked: float = 2.0, **settings: object
     ) -> "Prompt":
         torch.manual_seed(n)
-        config = FastGenConfig.from_dict({"ladder": LADDER, **settings})
+        config = FastGenConfig.from_dict({"ladder": LADDER, "min_prompt_tokens": 1, **settings})
         query = torch.randn(n, 2, group, 16) * peaked
         key, value = torch.randn(n, 2, 16), torch.randn(n, 2, 16)
         special, punctuation = torch.rand(n) < 0.1, torch.rand(n) < 0.1
@@ -183,13 +183,16 @@ def test_adaptive_ladder(n: int, threshold: float) -> None:
 
 @pytest.mark.parametrize("ladder", ["adaptive", "paper"])
 @pytest.mark.parametrize("budget", [0.1, 0.3, 0.6, 0.95])
-def test_budget_is_kept_and_well_spent(budget: float, ladder: str) -> None:
-    """No more than the budget; and no exchange between the two heads would recover more."""
-    prompt = Prompt.random(161, 3, Goal(None, budget), 64, ladder=ladder, frequent_score="sum")
+@pytest.mark.parametrize("least", [1, 64])
+def test_budget_is_kept_and_well_spent(least: int, budget: float, ladder: str) -> None:
+    """No more than the budget, or than ``min_prompt_tokens`` need; and no exchange between the two
+    heads would recover more."""
+    how = {"ladder": ladder, "frequent_score": "sum", "min_prompt_tokens": least}
+    prompt = Prompt.random(161, 3, Goal(None, budget), 64, **how)
     profile = prompt.profile
     stats = profile.stats()
     choice, found = profile.choose(stats), evaluate(profile.ladder, stats)
-    room = int(budget * 2 * -(-161 // PAGE))
+    room = int(max(budget, least / 161) * 2 * -(-161 // PAGE))
     taken = choice.policy[0].tolist()
     assert int(found.pages[choice.policy].sum()) <= room or taken == [0, 0]
     first, second = (found.recovery[:, 0, head].double() for head in range(2))

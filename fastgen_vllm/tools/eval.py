@@ -31,9 +31,11 @@ def variants(
     """The full cache first; then every method over the budgets, and both ladders over T.
 
     Args:
-        settings: of FastGen's own method; a goal among them gives way to those compared.
+        settings: of FastGen's own method. A goal among them gives way to those compared, and
+            where they do not say otherwise a budget is meant for short prompts too.
     """
     own = {k: v for k, v in settings.items() if k not in ("kv_budget", "recovery")}
+    own = {"min_prompt_tokens": 1, **own}
     found = [Variant("full", FastGenConfig(kv_budget=1.0))]
     for recovery in recoveries:
         config = FastGenConfig.from_dict({**own, "recovery": recovery})
