@@ -1,5 +1,6 @@
 """``vllm serve --attention-backend fastgen`` for real, asked through the OpenAI client."""
 
+import json
 import os
 import signal
 import socket
