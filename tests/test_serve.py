@@ -35,10 +35,8 @@ def client(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ope
         "float32",
     ]
     command += ["--kv-cache-memory-bytes", str(256 << 20)]
-    command += [
-        "--additional-config",
-        '{"fastgen": {"recovery": 0.9, "min_prompt_tokens": 16, "debug": true}}',
-    ]
+    settings = {"recovery": 0.9, "min_prompt_tokens": 16, "debug": True}
+    command += ["--additional-config", json.dumps({"fastgen": settings})]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as stream:
         server = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
