@@ -62,7 +62,7 @@ FULL_PLAN = Plan(
         _batch(2048, 4, 64),
         _batch(2048, 16, 64),
     ),
-    scarce=(_batch(512, 16, 256),),
+    scarce=(_batch(1024, 16, 256),),
     rounds=3,
 )
 QUICK_PLAN = Plan(
