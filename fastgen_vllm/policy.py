@@ -195,7 +195,8 @@ def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
                         last = torch.searchsorted(rank, rank.new_full((*rank.shape[:-1], 1), count))
                         recovery[i] += gain.gather(-1, last.expand(*gain.shape[:-1], 1))[..., 0]
     # The paper's ladder asks for the group's mean, which is then all there is in G; else its worst.
-    return Evaluation(-(-kept // stats.page_size), recovery.amin(-1))
+    pages = -(-kept // stats.page_size)
+    return Evaluation(pages.to(mass.device), recovery.amin(-1))
 
 
 def kept_keys(ladder: Ladder, stats: PromptStats, policy: torch.Tensor) -> Choice:
@@ -236,13 +237,14 @@ def share_budget(ladder: Ladder, stats: PromptStats, budget: float) -> Choice:
 
     Lagrangian relaxation: at a price per page each head takes the hybrid of highest recovery less
     its memory's price, and bisection finds the lowest price at which the sum fits. What is left
-    over goes, step by step, to the head that gains most recovery per page.
+    over goes, step by step, to the head that gains most recovery per page. These figures are few
+    and looked at often, so they come to the CPU.
     """
     found = evaluate(ladder, stats)
-    recovery = found.recovery.clamp(max=1.0).flatten(1).double()
+    recovery = found.recovery.clamp(max=1.0).flatten(1).double().cpu()
     saves_nothing = (found.pages == found.pages.max()) & ~ladder.full
-    recovery[saves_nothing] = 0.0  # full needs no more
-    pages = found.pages[:, None].expand(recovery.shape)
+    recovery[saves_nothing.cpu()] = 0.0  # full needs no more
+    pages = found.pages[:, None].expand(found.pages.numel(), recovery.shape[1]).cpu()
     room = int(budget * pages.max() * pages.shape[1])
     low, high = 0.0, 1.0
     for _ in range(40):
@@ -259,7 +261,7 @@ def share_budget(ladder: Ladder, stats: PromptStats, budget: float) -> Choice:
             break
         best = int(worth.argmax())
         taken[0, best % worth.shape[1]] = best // worth.shape[1]
-    value = torch.zeros_like(recovery).scatter(0, taken, 1.0)
+    value = torch.zeros_like(recovery).scatter(0, taken, 1.0).to(found.recovery.device)
     return _take(ladder, stats, found, value.view_as(found.recovery))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_device import DEVICE, pretend_device
 
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import Kernels, cpu, reference, triton
@@ -22,12 +23,15 @@ CHUNK, DECODE_STEPS = 32, 20
 class Trial:
     """Plays engine and model: the same blocks, tokens, queries, keys and values every time."""
 
-    def __init__(self, kernels: Kernels, ladder: str) -> None:
-        flags = TokenFlags(torch.arange(VOCAB) < 3, torch.arange(VOCAB) % 7 == 5)
+    def __init__(
+        self, kernels: Kernels, ladder: str, device: torch.device | str = "cpu", debug: bool = True
+    ) -> None:
+        flags = TokenFlags(torch.arange(VOCAB) < 3, torch.arange(VOCAB) % 7 == 5).to(device)
         config = FastGenConfig(
-            ladder=ladder, recovery=0.8, min_prompt_tokens=2, block_size=BLOCK, debug=True
+            ladder=ladder, recovery=0.8, min_prompt_tokens=2, block_size=BLOCK, debug=debug
         )
-        kv = torch.full((BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE), float("nan"))
+        kv = torch.full((BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE), float("nan")).to(device)
+        self.device = device
         self.runtime = Runtime(config, flags, kv, GROUP)
         self.runtime.kernels = kernels
         self.generator = torch.Generator().manual_seed(5)
@@ -40,7 +44,8 @@ class Trial:
         blocks, seen, left = {}, dict.fromkeys(PROMPTS, 0), {}
         for name, length in PROMPTS.items():
             tokens = torch.randint(VOCAB, (length,), generator=generator).tolist()
-            runtime.begin_prefill(name, tokens, RequestOverride())
+            override = RequestOverride(fastgen_kv_budget=0.6 if name == "c" else None)
+            runtime.begin_prefill(name, tokens, override)
             blocks[name] = [free.pop() for _ in range(-(-(length + DECODE_STEPS) // BLOCK))]
             left[name] = DECODE_STEPS
         while any(left.values()):
@@ -60,16 +65,17 @@ class Trial:
             step = runtime.start_step(
                 batch,
                 torch.tensor([0, *counts]).cumsum(0),
+                torch.tensor([seen[name] for name in batch]).to(self.device),
+                table.to(self.device),
+                torch.randint(VOCAB, (num_tokens,), generator=generator).to(self.device),
                 torch.tensor([seen[name] for name in batch]),
-                table,
-                torch.randint(VOCAB, (num_tokens,), generator=generator),
             )
             for layer in range(LAYERS):
                 qkv = torch.randn(num_tokens, HEADS * (GROUP + 2), SIZE, generator=generator)
-                query, key, value = qkv.split([HEADS * GROUP, HEADS, HEADS], dim=1)
-                output = torch.full((num_tokens, HEADS * GROUP, SIZE), float("nan"))
+                query, key, value = qkv.to(self.device).split([HEADS * GROUP, HEADS, HEADS], dim=1)
+                output = torch.full_like(query, float("nan"))
                 runtime.forward(step, layer, 2 * query, key, value, output, 0.2)
-                self.outputs.append(output)
+                self.outputs.append(output.cpu())
             report = runtime.finish_step(step).get()
             self.kept.update({name: kept.kept_slots for name, kept in report.kept.items()})
         return self
@@ -93,6 +99,20 @@ def test_whole_steps(kernels: Kernels, ladder: str) -> None:
     assert len(ours.outputs) == len(wanted.outputs)
     for a, b in zip(ours.outputs, wanted.outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ladder", ["paper", "adaptive"])
+def test_nothing_of_the_device_meets_the_cpus(ladder: str) -> None:
+    """What a GPU would refuse. The reference serves it: the kernels have tests of their own."""
+    wanted = Trial(reference, ladder).run()
+    with pretend_device():
+        trial = Trial(reference, ladder, DEVICE).run()
+        assert trial.kept == wanted.kept
+        assert [trial.positions(name) for name in PROMPTS] == [
+            wanted.positions(name) for name in PROMPTS
+        ]
+    for a, b in zip(trial.outputs, wanted.outputs, strict=True):
+        assert torch.equal(a, b)
 
 
 class Watched:

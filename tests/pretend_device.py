@@ -1,0 +1,138 @@
+"""A device that is none: tensors on it lie in the CPU's memory, but meet the CPU's own tensors only
+where PyTorch lets a GPU's do so.
+
+Its name is PyTorch's ``meta``, which needs no driver. Inside ``pretend_device()`` a tensor made on
+``meta`` has values, and an operation that would stop a GPU, or wait for one, is noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+DEVICE = torch.device("meta")
+aten = torch.ops.aten
+TRANSFERS = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+INDEXING |= {aten._index_put_impl_.default}
+WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
+WAITING |= {aten.equal.default}
+
+
+class OnDevice(torch.Tensor):
+    """``on_cpu`` is where its values lie."""
+
+    on_cpu: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, real: torch.Tensor) -> OnDevice:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            real.shape,
+            strides=real.stride(),
+            storage_offset=real.storage_offset(),
+            dtype=real.dtype,
+            device=DEVICE,
+        )
+        made.on_cpu = real
+        return made
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} outside of pretend_device()")
+
+
+class PretendDevice(TorchDispatchMode):
+    """Runs every operation on the CPU, and checks where its tensors are said to be.
+
+    Attributes:
+        waits: operations that would have made the host wait for the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        ours = [x for x in tensors if isinstance(x, OnDevice)]
+        on_device = bool(ours)
+        if func not in TRANSFERS:
+            self._check(func, args, tensors)
+        wanted = kwargs.get("device")
+        if wanted is not None:
+            on_device = torch.device(wanted) == DEVICE
+            kwargs["device"] = "cpu"
+        waits = func in WAITING
+        if func is aten._to_copy.default:
+            waits = isinstance(args[0], OnDevice) != on_device
+        if func is aten.copy_.default:
+            waits = isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice)
+        if func in INDEXING:  # a mask is counted, an index of the CPU is copied
+            indices = [x for x in args[1] if x is not None]
+            waits = any(x.dtype == torch.bool or not isinstance(x, OnDevice) for x in indices)
+        if (ours or on_device) and waits and not kwargs.get("non_blocking"):
+            self.waits.append(str(func))
+        owners = {id(x.on_cpu): x for x in ours}
+        result = func(
+            *tree_map(lambda x: x.on_cpu if isinstance(x, OnDevice) else x, args),
+            **tree_map(lambda x: x.on_cpu if isinstance(x, OnDevice) else x, kwargs),
+        )
+
+        def wrap(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            if id(x) in owners:
+                return owners[id(x)]
+            return OnDevice(x) if on_device else x
+
+        return tree_map(wrap, result)
+
+    def _check(self, func: Any, args: tuple, tensors: list[torch.Tensor]) -> None:
+        if func in INDEXING:
+            tensors = [args[0], *args[2:3]] if isinstance(args[0], OnDevice) else tensors
+            tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
+        # A scalar of the CPU goes along with anything.
+        here = {isinstance(x, OnDevice) for x in tensors if isinstance(x, OnDevice) or x.dim()}
+        if len(here) > 1:
+            shapes = [(type(x).__name__, tuple(x.shape)) for x in tensors]
+            raise RuntimeError(f"{func}: tensors of the device and of the CPU: {shapes}")
+
+
+class FromNumbers(TorchFunctionMode):
+    """PyTorch makes tensors of Python's numbers itself; here they are copied from the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(torch.tensor(i) if isinstance(i, list) else i for i in index)
+            return func(args[0], index, *args[2:])
+        if func not in (torch.tensor, torch.Tensor.new_tensor):
+            return func(*args, **kwargs)
+        default = "cpu" if func is torch.tensor else args[0].device
+        device = kwargs.pop("device", None) or default
+        if func is torch.Tensor.new_tensor:
+            kwargs.setdefault("dtype", args[0].dtype)
+            func, args = torch.tensor, args[1:]
+        return func(*args, **kwargs).to(device)
+
+
+@contextmanager
+def pretend_device() -> Iterator[PretendDevice]:
+    with FromNumbers(), PretendDevice() as mode:
+        yield mode
