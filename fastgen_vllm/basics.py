@@ -19,6 +19,13 @@ class FastGenConfigError(ValueError):
     """A setting is unknown, of the wrong type or out of range."""
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the CPU, on a device, without waiting for what the device is doing."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def ceil_ratio(ratio: IntLike, num_tokens: IntLike) -> IntLike:
     """``ceil(ratio / 10000 * num_tokens)`` without rounding error; also elementwise on tensors."""
     return -((-ratio * num_tokens) // RATIO_UNIT)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fastgen_vllm.basics import RATIO_UNIT, FastGenConfigError
+from fastgen_vllm.basics import RATIO_UNIT, FastGenConfigError, ceil_ratio
 
 KernelChoice = Literal["auto", "native", "cuda", "reference"]
 Method = Literal["fastgen", "streaming", "h2o", "snapkv", "pyramidkv", "adakv", "random"]
@@ -37,6 +37,10 @@ class Hybrid(BaseModel):
         if self.full == bool(keeps_something):
             raise ValueError("name at least one component, or 'full' alone")
         return self
+
+    def count(self, component: Literal["frequent", "local"], num_tokens: int) -> int:
+        """The tokens that r_f or r_l asks for: ``ceil(r * num_tokens)``."""
+        return ceil_ratio(round(getattr(self, component) * RATIO_UNIT), num_tokens)
 
     @property
     def name(self) -> str:

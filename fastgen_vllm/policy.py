@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from fastgen_vllm.basics import RATIO_UNIT, ceil_ratio
+from fastgen_vllm.basics import RATIO_UNIT, ceil_ratio, to_device
 from fastgen_vllm.config import Hybrid
 
 
@@ -27,9 +27,11 @@ class Ladder:
         frequent, local: int64 ``[C]``, r_f and r_l in units of 1/10000.
         least_window: int64 ``[C]``, tokens: the local window is never narrower. At least 1, since
             a query always sees itself.
+        least_windows: the same on the host.
     """
 
     hybrids: tuple[Hybrid, ...]
+    least_windows: tuple[int, ...]
     special: torch.Tensor
     punctuation: torch.Tensor
     full: torch.Tensor
@@ -50,6 +52,7 @@ class Ladder:
 
         return cls(
             tuple(hybrids),
+            (least_window,) * len(hybrids),
             column("special"),
             column("punctuation"),
             column("full"),
@@ -63,7 +66,8 @@ class Ladder:
         """One after the other, for requests of several ladders in one batch."""
         columns = zip(*(ladder.columns for ladder in ladders), strict=True)
         hybrids = tuple(hybrid for ladder in ladders for hybrid in ladder.hybrids)
-        return cls(hybrids, *(torch.cat(column) for column in columns))
+        least_windows = tuple(least for ladder in ladders for least in ladder.least_windows)
+        return cls(hybrids, least_windows, *(torch.cat(column) for column in columns))
 
     @property
     def columns(self) -> list[torch.Tensor]:
@@ -76,10 +80,17 @@ class Ladder:
         count = ceil_ratio(self.local[policy], torch.tensor(num_tokens))
         return torch.maximum(count, self.least_window[policy]).clamp(max=num_tokens)
 
+    def widths(self, num_tokens: int) -> list[int]:
+        """The width of every hybrid's local window; of a full one, the prompt's length."""
+        return [
+            num_tokens if h.full else min(max(h.count("local", num_tokens), least), num_tokens)
+            for h, least in zip(self.hybrids, self.least_windows, strict=True)
+        ]
+
     def windows(self, num_tokens: int) -> list[int]:
-        """Distinct widths of the hybrids' local windows, ascending."""
-        partial = torch.nonzero(~self.full).flatten()
-        return sorted(set(self.window_sizes(partial, num_tokens).tolist())) or [num_tokens]
+        """Distinct widths of the local windows of hybrids that are not full, ascending."""
+        widths = zip(self.hybrids, self.widths(num_tokens), strict=True)
+        return sorted({width for h, width in widths if not h.full}) or [num_tokens]
 
     def sticky(
         self, policy: torch.Tensor, special: torch.Tensor, punctuation: torch.Tensor
@@ -164,8 +175,7 @@ def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
     order = stats.order[:, :, None]
     positions = torch.arange(n, device=mass.device)
     members: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
-    widths = ladder.window_sizes(torch.arange(len(ladder.hybrids)), n).tolist()
-    for i, (hybrid, window) in enumerate(zip(ladder.hybrids, widths, strict=True)):
+    for i, (hybrid, window) in enumerate(zip(ladder.hybrids, ladder.widths(n), strict=True)):
         if not hybrid.full:
             members[window, hybrid.special, hybrid.punctuation].append(i)
     kept = torch.full((len(ladder.hybrids),), n)
@@ -188,15 +198,15 @@ def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
                 gain = (ranked_far * candidate).cumsum(-1)
                 rank = candidate.cumsum(-1, dtype=torch.int32)
                 for i in group:
-                    count = min(int(ceil_ratio(ladder.frequent[i], n)), n - num_always)
+                    count = min(ladder.hybrids[i].count("frequent", n), n - num_always)
                     kept[i] = num_always + count
                     recovery[i] = base
                     if count:
                         last = torch.searchsorted(rank, rank.new_full((*rank.shape[:-1], 1), count))
                         recovery[i] += gain.gather(-1, last.expand(*gain.shape[:-1], 1))[..., 0]
     # The paper's ladder asks for the group's mean, which is then all there is in G; else its worst.
-    pages = -(-kept // stats.page_size)
-    return Evaluation(pages.to(mass.device), recovery.amin(-1))
+    pages = to_device(-(-kept // stats.page_size), mass.device)
+    return Evaluation(pages, recovery.amin(-1))
 
 
 def kept_keys(ladder: Ladder, stats: PromptStats, policy: torch.Tensor) -> Choice:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgen_vllm.basics import to_device
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.kernels import Kernels
 from fastgen_vllm.peers import PEERS
@@ -55,7 +56,7 @@ class PromptProfile:
         profiling = self.profiling = config.profiling
         sinks = torch.arange(num_tokens, device=device) < profiling.num_sinks
         self.special, self.punctuation = special | sinks, punctuation
-        self.bounds = torch.tensor(ladder.windows(num_tokens), device=device)
+        self.bounds = to_device(torch.tensor(ladder.windows(num_tokens)), device)
         groups = group_size if config.group_reduction == "min" else 1
         self.mass = torch.zeros(
             (num_layers, num_kv_heads, groups, num_tokens, len(self.bounds) + 1),
@@ -66,7 +67,7 @@ class PromptProfile:
         self.runs, weights = query_runs(
             profiling.weighting, profiling.window, config.query_sampling, num_tokens
         )
-        self.log_weights = weights.log().to(device)
+        self.log_weights = to_device(weights.log(), device)
 
     def add_chunk(
         self,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastgen_vllm.basics import to_device
 from fastgen_vllm.cache import (
     Compacted,
     DecodeStep,
@@ -162,7 +163,8 @@ class Runtime:
     ) -> None:
         """A request starts, or starts again after a preemption with its output as prompt."""
         self.release(request_id)
-        tokens = torch.tensor(token_ids, dtype=torch.int64, device=self.flags.special.device)
+        on_host = torch.tensor(token_ids, dtype=torch.int64)
+        tokens = to_device(on_host, self.flags.special.device)
         special, punctuation = self.flags.special[tokens], self.flags.punctuation[tokens]
         goal = self._goal(override)
         n = len(token_ids)
@@ -239,8 +241,9 @@ class Runtime:
         decode_tokens = decode = None
         if decode_ids:
             if chunks:
-                decode_tokens = query_start[decode_rows].long().to(token_ids.device)
-                seq_lens, token_ids = seq_lens[decode_rows], token_ids[decode_tokens]
+                rows = to_device(torch.tensor(decode_rows), token_ids.device)
+                decode_tokens = to_device(query_start[decode_rows].long(), token_ids.device)
+                seq_lens, token_ids = seq_lens[rows], token_ids[decode_tokens]
             newest = token_ids.long()
             decode = plan_decode(
                 self.tables,

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
+from triton.runtime.interpreter import GridExecutor
 
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
@@ -23,6 +25,27 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 INDEXING |= {aten._index_put_impl_.default}
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
 WAITING |= {aten.equal.default}
+
+
+def efficient_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: None,
+    compute_lse: bool,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """A GPU's, by the CPU's; its log-sum-exps are padded to a multiple of 32 queries."""
+    flash = aten._scaled_dot_product_flash_attention_for_cpu
+    output, lse = flash(query, key, value, dropout, causal, scale=scale)
+    padding = -lse.shape[-1] % 32
+    return output, torch.nn.functional.pad(lse, (0, padding), value=float("nan")), lse, lse
+
+
+SUBSTITUTES = {aten._scaled_dot_product_efficient_attention.default: efficient_attention}
 
 
 class OnDevice(torch.Tensor):
@@ -88,9 +111,9 @@ class PretendDevice(TorchDispatchMode):
         if (ours or on_device) and waits and not kwargs.get("non_blocking"):
             self.waits.append(str(func))
         owners = {id(x.on_cpu): x for x in ours}
-        result = func(
-            *tree_map(lambda x: x.on_cpu if isinstance(x, OnDevice) else x, args),
-            **tree_map(lambda x: x.on_cpu if isinstance(x, OnDevice) else x, kwargs),
+        result = SUBSTITUTES.get(func, func)(
+            *tree_map(_on_cpu, args),
+            **tree_map(_on_cpu, kwargs),
         )
 
         def wrap(x: Any) -> Any:
@@ -132,7 +155,26 @@ class FromNumbers(TorchFunctionMode):
         return func(*args, **kwargs).to(device)
 
 
+def _launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+    """Triton's interpreter, for tensors of the device only."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+    assert all(isinstance(x, OnDevice) for x in tensors), "a kernel was given a tensor of the CPU"
+    with _disable_current_modes():
+        interpret(self, *map(_on_cpu, args), **{k: _on_cpu(x) for k, x in kwargs.items()})
+
+
+interpret = GridExecutor.__call__
+
+
+def _on_cpu(x: Any) -> Any:
+    return x.on_cpu if isinstance(x, OnDevice) else x
+
+
 @contextmanager
 def pretend_device() -> Iterator[PretendDevice]:
-    with FromNumbers(), PretendDevice() as mode:
+    with (
+        patch.object(GridExecutor, "__call__", _launch),
+        FromNumbers(),
+        PretendDevice() as mode,
+    ):
         yield mode

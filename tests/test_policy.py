@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from pretend_device import DEVICE, pretend_device
 
 from fastgen_vllm.basics import ceil_ratio
 from fastgen_vllm.config import ADAPTIVE_LADDER, FastGenConfig, Hybrid
 from fastgen_vllm.kernels import reference
-from fastgen_vllm.policy import Choice, Ladder, evaluate, kept_keys
+from fastgen_vllm.peers import PEERS
+from fastgen_vllm.policy import Choice, Ladder, PromptStats, evaluate, kept_keys
 from fastgen_vllm.profiler import Goal, PromptProfile
 
 LADDER = [
@@ -204,7 +206,7 @@ def test_budget_is_kept_and_well_spent(least: int, budget: float, ladder: str) -
     assert got >= float(best) - float(steps), (got, float(best))
 
 
-@pytest.mark.parametrize("method", ["streaming", "h2o", "snapkv", "pyramidkv", "adakv", "random"])
+@pytest.mark.parametrize("method", list(PEERS))
 @pytest.mark.parametrize("n", [40, 200])
 @pytest.mark.parametrize("budget", [0.2, 0.5])
 def test_peers_keep_their_budget(method: str, n: int, budget: float) -> None:
@@ -229,6 +231,22 @@ def test_peers_keep_their_budget(method: str, n: int, budget: float) -> None:
         inside = wanted.masked_fill(~choice.kept[0], 9e9).amin(-1)
         outside = wanted.masked_fill(choice.kept[0], -1).amax(-1)
         assert (inside >= outside - 1e-4).all()
+
+
+@pytest.mark.parametrize("method", ["fastgen", *PEERS])
+def test_choices_on_a_device(method: str) -> None:
+    prompt = Prompt.random(
+        200, 3, Goal(None, 0.4), 64, ladder="adaptive", method=method, kv_budget=0.4
+    )
+    profile = prompt.profile
+    stats = profile.stats()
+    wanted, least = profile.choose(stats), profile.ladder.least_windows[0]
+    with pretend_device():
+        profile.ladder = Ladder.from_hybrids(profile.ladder.hybrids, least, DEVICE)
+        tensors = (stats.mass, stats.scores, stats.special, stats.punctuation)
+        found = profile.choose(PromptStats(*(x.to(DEVICE) for x in tensors), PAGE))
+        assert torch.equal(found.policy.cpu(), wanted.policy)
+        assert torch.equal(found.kept.cpu(), wanted.kept)
 
 
 @pytest.mark.parametrize("sampling", [1, 3])

@@ -3,11 +3,13 @@ the kernels gives the reference's outputs and head tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from pretend_device import DEVICE, pretend_device
+from pretend_device import DEVICE, PretendDevice, pretend_device
 
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import Kernels, cpu, reference, triton
@@ -24,14 +26,15 @@ class Trial:
     """Plays engine and model: the same blocks, tokens, queries, keys and values every time."""
 
     def __init__(
-        self, kernels: Kernels, ladder: str, device: torch.device | str = "cpu", debug: bool = True
+        self, kernels: Kernels, ladder: str, mode: PretendDevice | None = None, debug: bool = True
     ) -> None:
+        device = DEVICE if mode else torch.device("cpu")
         flags = TokenFlags(torch.arange(VOCAB) < 3, torch.arange(VOCAB) % 7 == 5).to(device)
         config = FastGenConfig(
             ladder=ladder, recovery=0.8, min_prompt_tokens=2, block_size=BLOCK, debug=debug
         )
         kv = torch.full((BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE), float("nan")).to(device)
-        self.device = device
+        self.mode, self.device = mode, device
         self.runtime = Runtime(config, flags, kv, GROUP)
         self.runtime.kernels = kernels
         self.generator = torch.Generator().manual_seed(5)
@@ -45,7 +48,8 @@ class Trial:
         for name, length in PROMPTS.items():
             tokens = torch.randint(VOCAB, (length,), generator=generator).tolist()
             override = RequestOverride(fastgen_kv_budget=0.6 if name == "c" else None)
-            runtime.begin_prefill(name, tokens, override)
+            with self.no_waiting():
+                runtime.begin_prefill(name, tokens, override)
             blocks[name] = [free.pop() for _ in range(-(-(length + DECODE_STEPS) // BLOCK))]
             left[name] = DECODE_STEPS
         while any(left.values()):
@@ -59,26 +63,35 @@ class Trial:
                     if int(runtime.tables.num_free[row]) < runtime.pool.pages_per_block:
                         runtime.grant(name, [blocks[name][(seen[name] - 1) // BLOCK]])
             num_tokens = sum(counts)
+            only_decodes = not runtime.prefills
             table = torch.zeros(len(batch), 16, dtype=torch.int64)
             for i, name in enumerate(batch):
                 table[i, : len(blocks[name])] = torch.tensor(blocks[name])
-            step = runtime.start_step(
-                batch,
-                torch.tensor([0, *counts]).cumsum(0),
-                torch.tensor([seen[name] for name in batch]).to(self.device),
-                table.to(self.device),
-                torch.randint(VOCAB, (num_tokens,), generator=generator).to(self.device),
-                torch.tensor([seen[name] for name in batch]),
-            )
-            for layer in range(LAYERS):
-                qkv = torch.randn(num_tokens, HEADS * (GROUP + 2), SIZE, generator=generator)
-                query, key, value = qkv.to(self.device).split([HEADS * GROUP, HEADS, HEADS], dim=1)
-                output = torch.full_like(query, float("nan"))
-                runtime.forward(step, layer, 2 * query, key, value, output, 0.2)
-                self.outputs.append(output.cpu())
-            report = runtime.finish_step(step).get()
+            seq_lens = torch.tensor([seen[name] for name in batch])
+            tokens = torch.randint(VOCAB, (num_tokens,), generator=generator)
+            inputs = [x.to(self.device) for x in (seq_lens, table, tokens)]
+            heads = HEADS * (GROUP + 2)
+            qkv = torch.randn(LAYERS, num_tokens, heads, SIZE, generator=generator).to(self.device)
+            query, key, value = qkv.split([HEADS * GROUP, HEADS, HEADS], dim=2)
+            output = torch.full_like(query, float("nan"))
+            query_start = torch.tensor([0, *counts]).cumsum(0)
+            with self.no_waiting():
+                step = runtime.start_step(batch, query_start, *inputs, seq_lens)
+                for i in range(LAYERS):
+                    runtime.forward(step, i, 2 * query[i], key[i], value[i], output[i], 0.2)
+            with self.no_waiting() if only_decodes else nullcontext():
+                pending = runtime.finish_step(step)
+            report = pending.get()
+            self.outputs.append(output.cpu())
             self.kept.update({name: kept.kept_slots for name, kept in report.kept.items()})
         return self
+
+    @contextmanager
+    def no_waiting(self) -> Iterator[None]:
+        """The host must not wait for the device in here."""
+        before = len(self.mode.waits) if self.mode else 0
+        yield
+        assert self.mode is None or not self.mode.waits[before:], self.mode.waits[before:]
 
     def positions(self, name: str) -> list[list[int]]:
         """Kept by each head."""
@@ -102,17 +115,17 @@ def test_whole_steps(kernels: Kernels, ladder: str) -> None:
 
 
 @pytest.mark.parametrize("ladder", ["paper", "adaptive"])
-def test_nothing_of_the_device_meets_the_cpus(ladder: str) -> None:
-    """What a GPU would refuse. The reference serves it: the kernels have tests of their own."""
-    wanted = Trial(reference, ladder).run()
-    with pretend_device():
-        trial = Trial(reference, ladder, DEVICE).run()
+def test_steps_on_a_device(ladder: str) -> None:
+    """No tensor of the device meets one of the CPU, and the host waits at a prompt's end only."""
+    wanted = Trial(triton, ladder).run()
+    with pretend_device() as mode:
+        trial = Trial(triton, ladder, mode, debug=False).run()
         assert trial.kept == wanted.kept
         assert [trial.positions(name) for name in PROMPTS] == [
             wanted.positions(name) for name in PROMPTS
         ]
     for a, b in zip(trial.outputs, wanted.outputs, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 class Watched:
@@ -130,6 +143,8 @@ class Watched:
 def test_warm_up_runs_every_operation_and_leaves_nothing(ladder: str) -> None:
     watched = Watched()
     warm, cold = Trial(watched, ladder), Trial(reference, ladder).run()  # type: ignore[arg-type]
+    with pretend_device() as mode:
+        warm_up(Trial(reference, ladder, mode).runtime)
     warm_up(warm.runtime)
     warmed_up = set(watched.ran)
     warm.run()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgen_vllm.basics import EMPTY
+from fastgen_vllm.basics import EMPTY, to_device
 from fastgen_vllm.cache.head_tables import HeadTables
 from fastgen_vllm.cache.pages import PagePool
 
@@ -61,22 +61,23 @@ def compact(
     pool = tables.pool
     block_size, n = pool.block_size, kept.shape[-1]
     row = tables.add(request_id)
-    block_ids = torch.tensor(blocks, device=kept.device)
+    block_ids = to_device(torch.tensor(blocks), kept.device)
     lengths = kept.sum(-1)
     used = -(-lengths // block_size)
     pages = pool.pages_of(block_ids)
     kernels.pack_slots(pool.kv, pages, kept)
 
     room = used * block_size - lengths
-    growing = int((room < len(blocks) * block_size - n).sum())
-    in_use = int(used.sum())
-    num_stay = -(-(in_use + growing) // pool.pages_per_block)
+    growing = room < len(blocks) * block_size - n
+    figures = (used.sum() + growing.sum(), used.max(), lengths.max(), lengths.sum())
+    needed, width, longest, kept_slots = torch.stack(figures).tolist()
+    num_stay = -(-needed // pool.pages_per_block)
     pages, free = _gather_in_front(pool, pages, used, num_stay, kernels)
+    pages = pages[..., :width]
 
-    tables.bounds[request_id] = int(lengths.max())
-    tables.ensure_pages(int(used.max()))
+    tables.bounds[request_id] = longest
+    tables.ensure_pages(width)
     tables.page_table[row] = 0
-    width = pages.shape[-1]
     is_used = torch.arange(width, device=kept.device) < used[..., None]
     tables.page_table[row, :, :, :width] = torch.where(is_used, pages, 0).int()
     tables.lengths[row] = lengths.int()
@@ -87,7 +88,7 @@ def compact(
     tables.num_free[row] = len(free)
     tables.blocks[request_id] = list(blocks[:num_stay])
     _write_metadata(pool, pages, is_used, kept, scores.masked_fill(sticky, float("inf")))
-    return Compacted(list(blocks[num_stay:]), int(lengths.sum()), kept.numel())
+    return Compacted(list(blocks[num_stay:]), kept_slots, kept.numel())
 
 
 def _gather_in_front(
@@ -104,7 +105,7 @@ def _gather_in_front(
         part = slice(start, start + pool.pages_per_block)
         kernels.move_pages(pool.kv, source[part], target[part])
     pages[leaving] = target
-    return pages[..., : int(used.max())], free[len(source) :]
+    return pages, free[len(source) :]
 
 
 def _write_metadata(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastgen_vllm.basics import to_device
 from fastgen_vllm.cache.pages import PagePool
 
 
@@ -69,10 +70,8 @@ class HeadTables:
         """int64 ``[N]``. A batch often stays the same for many steps: the last one is kept."""
         if self._last_rows is None or list(request_ids) != self._last_rows[0]:
             rows = [self.rows[request_id] for request_id in request_ids]
-            self._last_rows = (
-                list(request_ids),
-                torch.tensor(rows, dtype=torch.int64, device=self.lengths.device),
-            )
+            on_host = torch.tensor(rows, dtype=torch.int64)
+            self._last_rows = (list(request_ids), to_device(on_host, self.lengths.device))
         return self._last_rows[1]
 
     def add(self, request_id: str) -> int:
@@ -100,7 +99,7 @@ class HeadTables:
         """The scheduler gave the request more blocks: their pages become its free pages."""
         row = self.rows[request_id]
         device = self.page_table.device
-        pages = self.pool.pages_of(torch.tensor(blocks, device=device)).flatten()
+        pages = self.pool.pages_of(to_device(torch.tensor(blocks), device)).flatten()
         top = self.num_free[row] + torch.arange(len(pages), device=device)
         self.free_pages[row].scatter_(0, top, pages.int())
         self.num_free[row] += len(pages)
