@@ -6,6 +6,13 @@ import os
 import sys
 from pathlib import Path
 
+# With several workers (pytest -n) each has cores of its own: on shared ones they slow each other
+# several times over. Torch learns how many threads to take when it is first imported.
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker is not None:
+    cores, count = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[int(worker[2:]) % len(cores) :: count])
+
 # The engine runs inside the test process, so that tests can look at its tables.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
+from fastgen_vllm.basics import to_device
 from fastgen_vllm.kernels import prefill
 
 NAME = "vLLM's flash attention"
@@ -34,9 +37,9 @@ def attend(
         key,
         value,
         max_seqlen_q=c,
-        cu_seqlens_q=torch.tensor([0, c], dtype=torch.int32, device=device),
+        cu_seqlens_q=_one_sequence(c, device),
         max_seqlen_k=m,
-        cu_seqlens_k=torch.tensor([0, m], dtype=torch.int32, device=device),
+        cu_seqlens_k=_one_sequence(m, device),
         softmax_scale=scale,
         causal=True,
         return_softmax_lse=True,
@@ -44,6 +47,12 @@ def attend(
     )
     shape = (heads, groups)
     return output.unflatten(1, shape), lse.T.unflatten(1, shape).float()
+
+
+@lru_cache(maxsize=64)
+def _one_sequence(length: int, device: torch.device) -> torch.Tensor:
+    """The same in every layer of a step."""
+    return to_device(torch.tensor([0, length], dtype=torch.int32), device)
 
 
 def prefer() -> None:
