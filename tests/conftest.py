@@ -20,8 +20,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest
-from engine import MODEL, Engine
+import pytest  # noqa: E402
+from engine import MODEL, Engine  # noqa: E402
 
 
 @pytest.fixture(scope="session")
