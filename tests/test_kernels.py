@@ -21,6 +21,9 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     if not torch.ops.fastgen.set_isa(request.param):
         pytest.skip(f"this CPU has no {request.param}; one that has runs it")
     request.addfinalizer(lambda: next(filter(torch.ops.fastgen.set_isa, cpu.INSTRUCTION_SETS)))
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(max(2, threads))  # even on a core of its own
     return cpu
 
 

@@ -111,21 +111,21 @@ def test_wrong_override_is_that_requests_error(engine: Engine) -> None:
 
 @pytest.mark.engine
 def test_vacated_blocks_admit_more_requests(engine: Engine) -> None:
-    """Memory for about four requests, 16 waiting: as many run as the kept ratio promises."""
+    """Memory for about four requests, 12 waiting: as many run as the kept ratio promises."""
     tokenizer = engine.llm.get_tokenizer()
-    texts = [english(3000, "specialnames", 3000 * i) for i in range(16)]
+    texts = [english(3000, "specialnames", 3000 * i) for i in range(12)]
     prompts = [tokenizer.decode(tokenizer.encode(text)[:496]) for text in texts]
     # The largest pool in which a cache that keeps everything runs four of them.
     num_blocks = 5 * -(-496 // 16) - 1
 
     def run(recovery: float) -> dict[str, Finished]:
-        keys = [engine.add(p, recovery, max_tokens=32, ignore_eos=True) for p in prompts]
+        keys = [engine.add(p, recovery, max_tokens=20, ignore_eos=True) for p in prompts]
         results = engine.run()
         return {p: results[k] for p, k in zip(prompts, keys, strict=True)}
 
     alone = {}
     for prompt in prompts:
-        name = engine.add(prompt, 0.9, max_tokens=32, ignore_eos=True)
+        name = engine.add(prompt, 0.9, max_tokens=20, ignore_eos=True)
         alone[prompt] = engine.run()[name].output
     with engine.limited_to(num_blocks):
         run(1.0)
@@ -142,9 +142,9 @@ def test_vacated_blocks_admit_more_requests(engine: Engine) -> None:
 
 @pytest.mark.engine
 def test_soak(engine: Engine) -> None:
-    """200 requests, random lengths and aborts, in a pool that forces preemptions."""
+    """120 requests, random lengths and aborts, in a pool that forces preemptions."""
     rng = random.Random(3)
-    waiting, alive, finished, preempted = 200, set(), 0, engine.num_preemptions
+    waiting, alive, finished, preempted = 120, set(), 0, engine.num_preemptions
     with engine.limited_to(130):
         while waiting or engine.llm.llm_engine.has_unfinished_requests():
             while waiting and len(alive) < 14:
@@ -160,7 +160,7 @@ def test_soak(engine: Engine) -> None:
                 engine.abort(victim)
                 alive.discard(victim)
             assert alive or not engine.llm.llm_engine.has_unfinished_requests()
-    assert finished > 100
+    assert finished > 60
     assert engine.num_preemptions > preempted, "not enough pressure for a preemption"
 
 
