@@ -109,8 +109,8 @@ class FastGenConfig(BaseModel):
             layers and heads so that most attention is recovered. The default, where ``recovery``
             is not given either, is 0.4 with the adaptive ladder.
         recovery: or a threshold T, the attention mass a head's policy must keep (0 to 1). At 1.0
-            every head keeps everything and nothing is profiled. 0.95, the paper's, is the default
-            of other ladders.
+            every head keeps everything and nothing is profiled. 0.95 is the default of other
+            ladders.
         method: ``fastgen``, or a method of the literature for comparison, which needs
             ``kv_budget``: see ``fastgen_vllm/peers.py``.
         ladder: ``"adaptive"``, rising ratios; ``"paper"``; or a list of hybrids. The full policy

@@ -7,6 +7,7 @@ in ``config.Hybrid``, a column in ``Ladder``, and its keys in ``evaluate`` and `
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,6 +179,12 @@ def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
     for i, (hybrid, window) in enumerate(zip(ladder.hybrids, ladder.widths(n), strict=True)):
         if not hybrid.full:
             members[window, hybrid.special, hybrid.punctuation].append(i)
+    sticky_at = {}
+    for _, special, punctuation in members:
+        if (special, punctuation) not in sticky_at:
+            sticky = stats.special & special | stats.punctuation & punctuation
+            where = sticky.nonzero()[:, 0]
+            sticky_at[special, punctuation] = sticky, where, where.tolist()
     kept = torch.full((len(ladder.hybrids),), n)
     recovery = torch.ones(len(ladder.hybrids), *mass.shape[:3], device=mass.device)
     near, total = torch.zeros_like(mass[..., 0]), mass.sum(-1)
@@ -190,10 +197,10 @@ def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
                 group = members.get((window, special, punctuation))
                 if group is None:
                     continue
-                sticky = stats.special & special | stats.punctuation & punctuation
+                sticky, where, on_host = sticky_at[special, punctuation]
                 always = sticky | (positions >= n - window)
-                num_always = int(always.sum())
-                base = near.sum(-1) + far[..., sticky].sum(-1)
+                num_always = window + bisect_left(on_host, n - window)
+                base = near.sum(-1) + far[..., where].sum(-1)
                 candidate = ~always[order]
                 gain = (ranked_far * candidate).cumsum(-1)
                 rank = candidate.cumsum(-1, dtype=torch.int32)

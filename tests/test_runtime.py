@@ -114,6 +114,19 @@ def test_whole_steps(kernels: Kernels, ladder: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_the_pretend_device_refuses_and_notes() -> None:
+    with pretend_device() as mode:
+        there = torch.arange(3, device=DEVICE)
+        assert torch.equal((2 * there + torch.tensor(1)).cpu(), torch.tensor([1, 3, 5]))
+        with pytest.raises(RuntimeError, match="of the device and of the CPU"):
+            there + torch.arange(3)
+        mode.waits.clear()
+        there[there.flip(0)] += 1
+        assert not mode.waits
+        assert int(there[there > 1].sum()) == 5
+        assert mode.waits == ["aten.index.Tensor", "aten._local_scalar_dense.default"]
+
+
 @pytest.mark.parametrize("ladder", ["paper", "adaptive"])
 def test_steps_on_a_device(ladder: str) -> None:
     """No tensor of the device meets one of the CPU, and the host waits at a prompt's end only."""
