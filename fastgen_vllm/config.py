@@ -203,13 +203,18 @@ class FastGenConfig(BaseModel):
         return " -> ".join(h.name for h in self.hybrids)
 
     @property
+    def target(self) -> str:
+        """The budget or the threshold."""
+        if self.kv_budget is not None:
+            return f"kv_budget {self.kv_budget:g}"
+        return f"recovery {self.recovery:.4g}"
+
+    @property
     def goal(self) -> str:
         """What a prompt is compressed to, for the log."""
         if self.method != "fastgen":
-            return f"method {self.method}, kv_budget {self.kv_budget:g}"
-        if self.kv_budget is not None:
-            return f"kv_budget {self.kv_budget:g}, ladder {self.ladder_name}"
-        return f"recovery {self.recovery:.4g}, ladder {self.ladder_name}"
+            return f"method {self.method}, {self.target}"
+        return f"{self.target}, ladder {self.ladder_name}"
 
     @property
     def profiling(self) -> Profiling:

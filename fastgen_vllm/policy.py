@@ -76,15 +76,10 @@ class Ladder:
         sticky = [self.special, self.punctuation]
         return [*sticky, self.full, self.frequent, self.local, self.least_window]
 
-    def window_sizes(self, policy: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Widths of the local windows of ``policy``'s hybrids in a prompt of ``num_tokens``."""
-        count = ceil_ratio(self.local[policy], torch.tensor(num_tokens))
-        return torch.maximum(count, self.least_window[policy]).clamp(max=num_tokens)
-
     def widths(self, num_tokens: int) -> list[int]:
-        """The width of every hybrid's local window; of a full one, the prompt's length."""
+        """The width of every hybrid's local window in a prompt of ``num_tokens``."""
         return [
-            num_tokens if h.full else min(max(h.count("local", num_tokens), least), num_tokens)
+            min(max(h.count("local", num_tokens), least), num_tokens)
             for h, least in zip(self.hybrids, self.least_windows, strict=True)
         ]
 
@@ -158,7 +153,7 @@ class Evaluation:
     """Every hybrid on one prompt.
 
     Attributes:
-        pages: int64 ``[C]``, memory of one head at the end of the prompt.
+        pages: int64 ``[C]`` on the CPU, memory of one head at the end of the prompt.
         recovery: float32 ``[C, L, H]``, exactly 1 for ``full``.
     """
 
@@ -212,8 +207,7 @@ def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
                         last = torch.searchsorted(rank, rank.new_full((*rank.shape[:-1], 1), count))
                         recovery[i] += gain.gather(-1, last.expand(*gain.shape[:-1], 1))[..., 0]
     # The paper's ladder asks for the group's mean, which is then all there is in G; else its worst.
-    pages = to_device(-(-kept // stats.page_size), mass.device)
-    return Evaluation(pages, recovery.amin(-1))
+    return Evaluation(-(-kept // stats.page_size), recovery.amin(-1))
 
 
 def kept_keys(ladder: Ladder, stats: PromptStats, policy: torch.Tensor) -> Choice:
@@ -224,7 +218,7 @@ def kept_keys(ladder: Ladder, stats: PromptStats, policy: torch.Tensor) -> Choic
     """
     n = stats.scores.shape[-1]
     sticky = ladder.sticky(policy, stats.special, stats.punctuation)
-    window = ladder.window_sizes(policy, n)
+    window = to_device(torch.tensor(ladder.widths(n)), policy.device)[policy]
     always = sticky | (torch.arange(n, device=policy.device) >= n - window[..., None])
     count = ceil_ratio(ladder.frequent[policy], torch.tensor(n))
     order = stats.order
@@ -242,7 +236,7 @@ def choose(ladder: Ladder, stats: PromptStats, threshold: float) -> Choice:
     memory the one of highest recovery is taken, the earlier on ties.
     """
     found = evaluate(ladder, stats)
-    pages = found.pages[:, None, None].expand(found.recovery.shape)
+    pages = to_device(found.pages, found.recovery.device)[:, None, None]
     able = (found.recovery >= threshold) | ladder.full[:, None, None]
     cost = torch.where(able, pages, pages.max() + 1)
     return _take(ladder, stats, found, torch.where(cost == cost.amin(0), found.recovery, -1.0))
@@ -259,9 +253,9 @@ def share_budget(ladder: Ladder, stats: PromptStats, budget: float) -> Choice:
     """
     found = evaluate(ladder, stats)
     recovery = found.recovery.clamp(max=1.0).flatten(1).double().cpu()
-    saves_nothing = (found.pages == found.pages.max()) & ~ladder.full
-    recovery[saves_nothing.cpu()] = 0.0  # full needs no more
-    pages = found.pages[:, None].expand(found.pages.numel(), recovery.shape[1]).cpu()
+    full = torch.tensor([hybrid.full for hybrid in ladder.hybrids])
+    recovery[(found.pages == found.pages.max()) & ~full] = 0.0  # full needs no more
+    pages = found.pages[:, None].expand(recovery.shape)
     room = int(budget * pages.max() * pages.shape[1])
     low, high = 0.0, 1.0
     for _ in range(40):

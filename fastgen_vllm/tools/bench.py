@@ -88,10 +88,10 @@ def run_bench(
     token_bytes = config["num_hidden_layers"] * kv_heads * head_size * 2 * size
     text = AutoTokenizer.from_pretrained(model).encode(natural_text())
     variants = [Variant("stock", "stock")]
-    own_goal = FastGenConfig.from_dict(settings).goal.split(",")[0]
+    own_target = FastGenConfig.from_dict(settings).target
     for recovery in recoveries:
-        goal = own_goal if recovery is None else f"recovery {recovery:g}"
-        variants.append(Variant(f"FastGen, {goal}", "fastgen", recovery))
+        target = own_target if recovery is None else f"recovery {recovery:g}"
+        variants.append(Variant(f"FastGen, {target}", "fastgen", recovery))
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": machine(),

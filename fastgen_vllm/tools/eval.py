@@ -34,8 +34,8 @@ def variants(
         settings: of FastGen's own method. A goal among them gives way to those compared, and
             where they do not say otherwise a budget is meant for short prompts too.
     """
-    own = {k: v for k, v in settings.items() if k not in ("kv_budget", "recovery")}
-    own = {"min_prompt_tokens": 1, **own}
+    goals = ("kv_budget", "recovery")
+    own = {"min_prompt_tokens": 1} | {k: v for k, v in settings.items() if k not in goals}
     found = [Variant("full", FastGenConfig(kv_budget=1.0))]
     for recovery in recoveries:
         config = FastGenConfig.from_dict({**own, "recovery": recovery})
