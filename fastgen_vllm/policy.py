@@ -15,7 +15,7 @@ from functools import cached_property
 
 import torch
 
-from fastgen_vllm.basics import RATIO_UNIT, ceil_ratio, to_device
+from fastgen_vllm.basics import RATIO_UNIT, ceil_ratio, layers_at_once, to_device
 from fastgen_vllm.config import Hybrid
 
 
@@ -110,16 +110,17 @@ class PromptStats:
     """What profiling learned of one prompt.
 
     Attributes:
-        mass: float32 ``[L, H, G, n, B + 1]``, the share of the queries' attention that each key
-            receives, weighted as ``config.Profiling`` says, by distance bucket; a query head's
-            shares sum to 1. The buckets are bounded by ``Ladder.windows``. ``G`` is 1 where the
-            group's mean is all that is asked.
+        mass: float32 ``[L, H, G, n, B + 1]``, the attention that each key receives of the queries,
+            which count as ``config.Profiling`` says, by distance bucket. The buckets are bounded
+            by ``Ladder.windows``. ``G`` is 1 where the group's mean is all that is asked.
+        value_norms: float32 ``[L, H, n]``, what attention on a key counts.
         scores: float32 ``[L, H, n]``, the order among keys for the frequent component.
         special, punctuation: bool ``[n]``.
         page_size: slots per page, the unit of memory.
     """
 
     mass: torch.Tensor
+    value_norms: torch.Tensor
     scores: torch.Tensor
     special: torch.Tensor
     punctuation: torch.Tensor
@@ -127,8 +128,16 @@ class PromptStats:
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """int64 ``[L, H, n]``: keys by falling score; ties go to the lower position."""
-        return self.scores.sort(dim=-1, descending=True, stable=True).indices
+        """int32 ``[L, H, n]``: keys by falling score; ties go to the lower position."""
+        order = torch.empty_like(self.scores, dtype=torch.int32)
+        for layers in layers_at_once(order):
+            order[layers] = self.scores[layers].sort(dim=-1, descending=True, stable=True).indices
+        return order
+
+    def shares(self, layers: slice) -> torch.Tensor:
+        """Weighted mass of some layers; a query head's sums to 1."""
+        mass = self.mass[layers] * self.value_norms[layers][:, :, None, :, None]
+        return mass.div_(mass.sum((-1, -2), keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -167,9 +176,8 @@ def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
     Keys are ranked once. For each window and each set of sticky tokens, a running sum over the
     ranked keys that neither keeps then gives the recovery for every r_f.
     """
-    mass, n = stats.mass, stats.mass.shape[3]
-    order = stats.order[:, :, None]
-    positions = torch.arange(n, device=mass.device)
+    n, device = stats.mass.shape[3], stats.mass.device
+    positions = torch.arange(n, device=device)
     members: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
     for i, (hybrid, window) in enumerate(zip(ladder.hybrids, ladder.widths(n), strict=True)):
         if not hybrid.full:
@@ -181,14 +189,15 @@ def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
             where = sticky.nonzero()[:, 0]
             sticky_at[special, punctuation] = sticky, where, where.tolist()
     kept = torch.full((len(ladder.hybrids),), n)
-    recovery = torch.ones(len(ladder.hybrids), *mass.shape[:3], device=mass.device)
-    near, total = torch.zeros_like(mass[..., 0]), mass.sum(-1)
-    for bucket, window in enumerate(ladder.windows(n)):
-        near = near + mass[..., bucket]
-        far = total - near
-        ranked_far = far.gather(-1, order.expand_as(far))
-        for special in (False, True):
-            for punctuation in (False, True):
+    recovery = torch.ones(len(ladder.hybrids), *stats.mass.shape[:3], device=device)
+    for layers in layers_at_once(stats.mass[..., 0]):
+        mass, order = stats.shares(layers), stats.order[layers, :, None].long()
+        near, total = torch.zeros_like(mass[..., 0]), mass.sum(-1)
+        for bucket, window in enumerate(ladder.windows(n)):
+            near = near + mass[..., bucket]
+            far = total - near
+            ranked_far = far.gather(-1, order.expand_as(far))
+            for special, punctuation in sticky_at:
                 group = members.get((window, special, punctuation))
                 if group is None:
                     continue
@@ -202,10 +211,11 @@ def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
                 for i in group:
                     count = min(ladder.hybrids[i].count("frequent", n), n - num_always)
                     kept[i] = num_always + count
-                    recovery[i] = base
+                    recovery[i, layers] = base
                     if count:
                         last = torch.searchsorted(rank, rank.new_full((*rank.shape[:-1], 1), count))
-                        recovery[i] += gain.gather(-1, last.expand(*gain.shape[:-1], 1))[..., 0]
+                        last = last.expand(*gain.shape[:-1], 1)
+                        recovery[i, layers] += gain.gather(-1, last)[..., 0]
     # The paper's ladder asks for the group's mean, which is then all there is in G; else its worst.
     return Evaluation(-(-kept // stats.page_size), recovery.amin(-1))
 
@@ -216,17 +226,20 @@ def kept_keys(ladder: Ladder, stats: PromptStats, policy: torch.Tensor) -> Choic
     Args:
         policy: int64 ``[L, H]``.
     """
-    n = stats.scores.shape[-1]
-    sticky = ladder.sticky(policy, stats.special, stats.punctuation)
-    window = to_device(torch.tensor(ladder.widths(n)), policy.device)[policy]
-    always = sticky | (torch.arange(n, device=policy.device) >= n - window[..., None])
-    count = ceil_ratio(ladder.frequent[policy], torch.tensor(n))
-    order = stats.order
-    candidate = ~always.gather(-1, order)
-    chosen = candidate & (candidate.cumsum(-1) <= count[..., None])
-    kept = always.scatter(-1, order, always.gather(-1, order) | chosen)
-    kept |= ladder.full[policy][..., None]
-    return Choice(policy, torch.ones(policy.shape), kept, sticky & kept)
+    n, device = stats.scores.shape[-1], policy.device
+    widths = to_device(torch.tensor(ladder.widths(n)), device)
+    positions = torch.arange(n, device=device)
+    kept = torch.empty_like(stats.scores, dtype=torch.bool)
+    sticky = torch.empty_like(kept)
+    for layers in layers_at_once(kept):
+        own, order = policy[layers], stats.order[layers].long()
+        sticky[layers] = ladder.sticky(own, stats.special, stats.punctuation)
+        always = sticky[layers] | (positions >= n - widths[own][..., None])
+        count = ceil_ratio(ladder.frequent[own], torch.tensor(n))
+        candidate = ~always.gather(-1, order)
+        chosen = ~candidate | (candidate.cumsum(-1, dtype=torch.int32) <= count[..., None])
+        kept[layers] = always.scatter(-1, order, chosen) | ladder.full[own][..., None]
+    return Choice(policy, torch.ones(policy.shape), kept, sticky)
 
 
 def choose(ladder: Ladder, stats: PromptStats, threshold: float) -> Choice:

@@ -116,16 +116,18 @@ class PromptProfile:
 
     def stats(self) -> PromptStats:
         """Once every chunk and layer has been added."""
-        mass = self.mass * self.value_norms[:, :, None, :, None]
-        mass /= mass.sum((-1, -2), keepdim=True)
         scores = self.mass.sum(dim=(2, 4)) / self._queries_per_key()
         pooling = self.profiling.pooling
         if pooling > 1:
             scores = torch.nn.functional.max_pool1d(scores, pooling, 1, pooling // 2)
-        return PromptStats(mass, scores, self.special, self.punctuation, self.page_size)
+        return PromptStats(
+            self.mass, self.value_norms, scores, self.special, self.punctuation, self.page_size
+        )
 
     def slot_scores(self, stats: PromptStats) -> torch.Tensor:
         """Where the decode step's sums go on from: float32 ``[L, H, n]``, in units of queries."""
+        if self.config.frequent_score == "sum":
+            return stats.scores
         return stats.scores * self._queries_per_key()
 
     def _queries_per_key(self) -> torch.Tensor:

@@ -356,10 +356,12 @@ class Runtime:
             pool.kv,
             pool.positions,
             step.rows,
-            tables.page_table[:, layer, :, : step.max_pages],
+            tables.page_table,
+            tables.table_start[:, layer],
             tables.lengths[:, layer],
             tables.keeps_scores[:, layer],
             pool.scores,
+            step.max_pages,
             scale,
             output,
         )
@@ -399,15 +401,14 @@ class Runtime:
         Args:
             scores: float32 ``[L, H, n]``, where the sums of heads that keep scores go on from.
         """
-        keeps_scores = self.ladder.frequent[choice.policy] > 0
         return compact(
             self.tables,
             request_id,
             blocks,
             choice.kept,
             choice.policy,
-            torch.where(keeps_scores[..., None], scores, 0.0),
+            scores,
             choice.sticky,
-            keeps_scores,
+            self.ladder.frequent[choice.policy] > 0,
             self.kernels,
         )

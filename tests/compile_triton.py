@@ -59,10 +59,12 @@ def every_operation(group: int, head_size: int, dtype: torch.dtype) -> None:
         pages,
         torch.zeros(num_pages, block_size, dtype=torch.int32),
         torch.arange(n),
-        torch.zeros(n, 2, heads, width, dtype=torch.int32)[:, 0],
+        torch.zeros(n * 2 * heads * width, dtype=torch.int32),
+        torch.zeros(n, 2, heads, dtype=torch.int64)[:, 0],
         torch.zeros(n, 2, heads, dtype=torch.int32)[:, 0],
         torch.zeros(n, 2, heads, dtype=torch.bool)[:, 0],
         torch.zeros(num_pages, block_size),
+        width,
         1.0,
         torch.zeros_like(query),
     )

@@ -161,7 +161,7 @@ class Engine:
             seen = traces.get(request_id)
             if seen is None:
                 seen = traces[request_id] = Finished([], [], "", {}, tables.policy[row].tolist())
-            positions = pool.positions[tables.page_table[row].long()].flatten(2).tolist()
+            positions = pool.positions[tables.pages_of(request_id)].flatten(2).tolist()
             kept = [[{p for p in head if p >= 0} for head in layer] for layer in positions]
             if not seen.kept or kept != seen.kept[-1]:
                 seen.kept.append(kept)

@@ -129,6 +129,7 @@ def decode(
     positions = torch.full((num_pages, block_size), -1, dtype=torch.int32)
     scores = torch.rand(num_pages, block_size)
     table = torch.zeros(len(lengths) + 1, 2, width, dtype=torch.int32)
+    start = width * torch.arange(2 * len(lengths) + 2).view(-1, 2)
     used = torch.zeros(len(lengths) + 1, 2, dtype=torch.int32)
     keeps_scores = torch.tensor([[True, False]]).repeat(len(lengths) + 1, 1)
     rows = torch.arange(len(lengths)).flip(0) + 1
@@ -146,7 +147,18 @@ def decode(
                     pages[page, slot % block_size] = torch.randn(2 * head_size).to(dtype)
     before, output = scores.clone(), torch.full_like(query, float("nan"))
     kernels.decode_attention(
-        query, pages, positions, rows, table, used, keeps_scores, scores, SCALE, output
+        query,
+        pages,
+        positions,
+        rows,
+        table.flatten(),
+        start,
+        used,
+        keeps_scores,
+        scores,
+        width - 1,
+        SCALE,
+        output,
     )
     untouched = torch.ones_like(scores, dtype=torch.bool)
     for n, row in enumerate(rows.tolist()):
@@ -168,6 +180,7 @@ class Tables:
     """Random decode state of ``R`` rows, ``L = H = 2``."""
 
     page_table: torch.Tensor
+    table_start: torch.Tensor
     lengths: torch.Tensor
     num_sticky: torch.Tensor
     policy: torch.Tensor
@@ -198,7 +211,8 @@ class Tables:
             page_table[tuple(index)][-(-length // block_size) :] = 0
         free = order[num_rows * 4 * (width - 1) :].view(num_rows, 4)
         return cls(
-            page_table,
+            page_table.flatten(),
+            torch.arange(0, page_table.numel(), width).view(shape),
             lengths,
             torch.ones(shape, dtype=torch.int32),
             torch.randint(0, num_hybrids, shape),

@@ -7,6 +7,8 @@ Its name is PyTorch's ``meta``, which needs no driver. Inside ``pretend_device()
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map
 from triton.runtime.interpreter import GridExecutor
 
-DEVICE = torch.device("meta")
+META = torch.device("meta")
+DEVICE = META
+"""What the tensors say they are on."""
 aten = torch.ops.aten
 TRANSFERS = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
@@ -61,13 +65,23 @@ class OnDevice(torch.Tensor):
             strides=real.stride(),
             storage_offset=real.storage_offset(),
             dtype=real.dtype,
-            device=DEVICE,
+            device=META,
         )
         made.on_cpu = real
         return made
 
+    @property
+    def device(self) -> torch.device:
+        return DEVICE
+
+    is_cuda = property(lambda self: DEVICE.type == "cuda")
+    is_cpu = is_meta = property(lambda self: False)
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
+
+    def pin_memory(self) -> Any:
+        raise AssertionError("only tensors of the CPU can be pinned")
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -81,11 +95,29 @@ class PretendDevice(TorchDispatchMode):
 
     Attributes:
         waits: operations that would have made the host wait for the device.
+        in_use, peak: bytes of the device's tensors, now and at most.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.in_use = self.peak = 0
+        self._tensors_of: Counter[int] = Counter()
+
+    def _made(self, tensor: OnDevice) -> OnDevice:
+        storage = tensor.on_cpu.untyped_storage()
+        at, size = storage.data_ptr(), storage.nbytes()
+        if not self._tensors_of[at]:
+            self.in_use += size
+            self.peak = max(self.peak, self.in_use)
+        self._tensors_of[at] += 1
+        weakref.finalize(tensor, self._gone, at, size)
+        return tensor
+
+    def _gone(self, at: int, size: int) -> None:
+        self._tensors_of[at] -= 1
+        if not self._tensors_of[at]:
+            self.in_use -= size
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -98,7 +130,7 @@ class PretendDevice(TorchDispatchMode):
             self._check(func, args, tensors)
         wanted = kwargs.get("device")
         if wanted is not None:
-            on_device = torch.device(wanted) == DEVICE
+            on_device = torch.device(wanted) == META
             kwargs["device"] = "cpu"
         waits = func in WAITING
         if func is aten._to_copy.default:
@@ -121,7 +153,7 @@ class PretendDevice(TorchDispatchMode):
                 return x
             if id(x) in owners:
                 return owners[id(x)]
-            return OnDevice(x) if on_device else x
+            return self._made(OnDevice(x)) if on_device else x
 
         return tree_map(wrap, result)
 
@@ -136,11 +168,23 @@ class PretendDevice(TorchDispatchMode):
             raise RuntimeError(f"{func}: tensors of the device and of the CPU: {shapes}")
 
 
+def _to_meta(x: Any) -> Any:
+    if isinstance(x, (str, torch.device)) and str(x).startswith("cuda"):
+        return META
+    return x
+
+
 class FromNumbers(TorchFunctionMode):
-    """PyTorch makes tensors of Python's numbers itself; here they are copied from the CPU."""
+    """PyTorch makes tensors of Python's numbers itself; here they are copied from the CPU. And it
+    would ask a driver for what is to be pinned or made on a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        if func is torch.device:
+            return func(*args, **kwargs or {})
+        args, kwargs = tree_map(_to_meta, args), tree_map(_to_meta, dict(kwargs or {}))
+        kwargs.pop("pin_memory", None)
+        if func is torch.Tensor.pin_memory:
+            return args[0].clone()
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             index = tuple(torch.tensor(i) if isinstance(i, list) else i for i in index)

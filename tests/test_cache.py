@@ -144,8 +144,8 @@ class PoolLife(RuleBasedStateMachine):
     @invariant()
     def slots_hold_their_tokens(self) -> None:
         pool, tables = self.runtime.pool, self.runtime.tables
-        for request, row in tables.rows.items():
-            pages = tables.page_table[row].long()
+        for request in tables.rows:
+            pages = tables.pages_of(request)
             newest = self.computed[request] - 1
             for layer in range(LAYERS):
                 for head in range(HEADS):

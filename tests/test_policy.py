@@ -243,7 +243,7 @@ def test_choices_on_a_device(method: str) -> None:
     wanted, least = profile.choose(stats), profile.ladder.least_windows[0]
     with pretend_device():
         profile.ladder = Ladder.from_hybrids(profile.ladder.hybrids, least, DEVICE)
-        tensors = (stats.mass, stats.scores, stats.special, stats.punctuation)
+        tensors = (stats.mass, stats.value_norms, stats.scores, stats.special, stats.punctuation)
         found = profile.choose(PromptStats(*(x.to(DEVICE) for x in tensors), PAGE))
         assert torch.equal(found.policy.cpu(), wanted.policy)
         assert torch.equal(found.kept.cpu(), wanted.kept)

@@ -95,9 +95,8 @@ class Trial:
 
     def positions(self, name: str) -> list[list[int]]:
         """Kept by each head."""
-        tables, pool = self.runtime.tables, self.runtime.pool
-        pages = tables.page_table[tables.rows[name]].flatten(0, 1).long()
-        positions = pool.positions[pages].flatten(1).tolist()
+        pages = self.runtime.tables.pages_of(name).flatten(0, 1)
+        positions = self.runtime.pool.positions[pages].flatten(1).tolist()
         return [sorted(p for p in head if p >= 0) for head in positions]
 
 

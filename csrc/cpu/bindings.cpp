@@ -137,15 +137,16 @@ void attention_mass(const Tensor& query, const Tensor& pages, const Tensor& page
 }
 
 void decode_attention(const Tensor& query, const Tensor& pages, const Tensor& positions,
-                      const Tensor& rows, const Tensor& page_table, const Tensor& lengths,
-                      const Tensor& keeps_scores, const Tensor& scores, double scale,
-                      const Tensor& output) {
+                      const Tensor& rows, const Tensor& page_table, const Tensor& table_start,
+                      const Tensor& lengths, const Tensor& keeps_scores, const Tensor& scores,
+                      double scale, const Tensor& output) {
   check_tokens(query, pages, "query");
   check_tokens(output, pages, "output");
   check_pages(pages, query);
-  TORCH_CHECK(page_table.stride(2) == 1 && lengths.stride(1) == 1 && keeps_scores.stride(1) == 1 &&
-                  lengths.stride(0) == keeps_scores.stride(0) && rows.size(0) == query.size(0),
-              "fastgen: page_table [R, H, P], lengths and keeps_scores [R, H], rows [N]");
+  for (const Tensor& t : {table_start, lengths, keeps_scores})
+    TORCH_CHECK(t.stride(1) == 1 && t.stride(0) == lengths.stride(0) && t.size(1) == query.size(1),
+                "fastgen: table_start, lengths and keeps_scores [R, H]");
+  TORCH_CHECK(rows.size(0) == query.size(0), "fastgen: rows [N]");
   DecodeAttention a;
   a.dtype = dtype_of(pages);
   a.num_requests = query.size(0);
@@ -158,11 +159,10 @@ void decode_attention(const Tensor& query, const Tensor& pages, const Tensor& po
   a.pages = pages.data_ptr();
   a.positions = contiguous<int32_t>(positions, "positions");
   a.rows = contiguous<int64_t>(rows, "rows");
-  a.page_table = page_table.data_ptr<int32_t>();
-  a.table_row_stride = page_table.stride(0);
-  a.table_head_stride = page_table.stride(1);
+  a.page_table = contiguous<int32_t>(page_table, "page_table");
+  a.table_start = table_start.data_ptr<int64_t>();
   a.lengths = lengths.data_ptr<int32_t>();
-  a.lengths_row_stride = lengths.stride(0);
+  a.row_stride = lengths.stride(0);
   a.keeps_scores = keeps_scores.data_ptr<bool>();
   a.scores = contiguous<float>(scores, "scores");
   a.output = output.data_ptr();
@@ -174,9 +174,10 @@ void decode_attention(const Tensor& query, const Tensor& pages, const Tensor& po
 
 int64_t plan_decode(const Tensor& rows, const Tensor& num_tokens, const Tensor& special,
                     const Tensor& punctuation, at::TensorList ladder, bool mean,
-                    const Tensor& page_table, const Tensor& lengths, const Tensor& num_sticky,
-                    const Tensor& policy, const Tensor& free_pages, const Tensor& num_free,
-                    const Tensor& positions, const Tensor& scores, const Tensor& slots) {
+                    const Tensor& page_table, const Tensor& table_start, const Tensor& lengths,
+                    const Tensor& num_sticky, const Tensor& policy, const Tensor& free_pages,
+                    const Tensor& num_free, const Tensor& positions, const Tensor& scores,
+                    const Tensor& slots) {
   TORCH_CHECK(ladder.size() == 6, "fastgen: the ladder has six columns");
   PlanDecode a;
   a.num_requests = rows.size(0);
@@ -185,7 +186,7 @@ int64_t plan_decode(const Tensor& rows, const Tensor& num_tokens, const Tensor& 
   a.block_size = positions.size(1);
   a.rows = contiguous<int64_t>(rows, "rows");
   a.page_table = contiguous<int32_t>(page_table, "page_table");
-  a.table_width = page_table.size(3);
+  a.table_start = contiguous<int64_t>(table_start, "table_start");
   a.lengths = contiguous<int32_t>(lengths, "lengths");
   a.num_sticky = contiguous<int32_t>(num_sticky, "num_sticky");
   a.policy = contiguous<int64_t>(policy, "policy");
@@ -265,12 +266,12 @@ TORCH_LIBRARY(fastgen, m) {
       attention_mass);
   m.def(
       "decode_attention(Tensor query, Tensor pages, Tensor positions, Tensor rows, "
-      "Tensor page_table, Tensor lengths, Tensor keeps_scores, Tensor(a!) scores, float scale, "
-      "Tensor(b!) output) -> ()",
+      "Tensor page_table, Tensor table_start, Tensor lengths, Tensor keeps_scores, "
+      "Tensor(a!) scores, float scale, Tensor(b!) output) -> ()",
       decode_attention);
   m.def(
       "plan_decode(Tensor rows, Tensor num_tokens, Tensor special, Tensor punctuation, "
-      "Tensor[] ladder, bool mean, Tensor(a!) page_table, Tensor(b!) lengths, "
+      "Tensor[] ladder, bool mean, Tensor(a!) page_table, Tensor table_start, Tensor(b!) lengths, "
       "Tensor(c!) num_sticky, Tensor policy, Tensor free_pages, Tensor(d!) num_free, "
       "Tensor(e!) positions, Tensor(f!) scores, Tensor(g!) slots) -> int",
       plan_decode);

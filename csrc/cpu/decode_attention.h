@@ -191,8 +191,7 @@ template <class Lane, class T>
 INLINE void attend_part(const DecodeAttention& a, const DecodePart& part, const DecodeHead& head) {
   int64_t D = a.head_size, G = a.group, lanes = D / Lane::kPer, request = part.head / a.num_heads;
   int64_t kv_head = part.head % a.num_heads;
-  const int32_t* pages =
-      a.page_table + a.rows[request] * a.table_row_stride + kv_head * a.table_head_stride;
+  const int32_t* pages = a.page_table + a.table_start[a.rows[request] * a.row_stride + kv_head];
   const T* from = (const T*)a.query + request * a.query_stride + kv_head * G * D;
   float *query = scratch(Scratch::task, G * lanes), *maxima = part.out + G * D, *sums = maxima + G;
   Lane::copy((typename Lane::Element*)query, from, G * D);
@@ -250,7 +249,7 @@ INLINE void merge_head(const DecodeTask& task, int64_t index) {
     lse[g] = best + __builtin_log2f(sum);
   }
   if (!head.raw) return;
-  const int32_t* pages = a.page_table + a.rows[request] * a.table_row_stride + kv_head * a.table_head_stride;
+  const int32_t* pages = a.page_table + a.table_start[a.rows[request] * a.row_stride + kv_head];
   for (int64_t page = 0; page * a.block_size < head.length; ++page) {
     float* scores = a.scores + pages[page] * a.block_size;
     int64_t first = page * a.block_size, n = lower(a.block_size, head.length - first), j = 0;
@@ -283,7 +282,7 @@ static void decode_task(void* context, int64_t i) {
 static void decode_attention(const DecodeAttention& a) {
   int64_t num = a.num_requests * a.num_heads, total = 0, raw_size = 0, num_parts = 0;
   for (int64_t i = 0; i < num; ++i) {
-    int64_t at = a.rows[i / a.num_heads] * a.lengths_row_stride + i % a.num_heads;
+    int64_t at = a.rows[i / a.num_heads] * a.row_stride + i % a.num_heads;
     total += a.lengths[at];
     if (a.keeps_scores[at]) raw_size += a.lengths[at] * a.group;
   }
@@ -295,7 +294,7 @@ static void decode_attention(const DecodeAttention& a) {
   float* out = memory + floats_of_heads + floats_of_parts;
   float* raw = scratch(Scratch::raw_scores, raw_size);
   for (int64_t i = 0; i < num; ++i) {
-    int64_t at = a.rows[i / a.num_heads] * a.lengths_row_stride + i % a.num_heads;
+    int64_t at = a.rows[i / a.num_heads] * a.row_stride + i % a.num_heads;
     DecodeHead& head = task.heads[i];
     head.length = a.lengths[at];
     head.first_part = num_parts;

@@ -48,13 +48,13 @@ struct DecodeAttention {
   const void* pages;
   const int32_t* positions;   // [num_pages, block_size]
   const int64_t* rows;        // [num_requests]
-  const int32_t* page_table;  // [R, num_heads, P]
-  int64_t table_row_stride, table_head_stride;
-  const int32_t* lengths;  // [R, num_heads]
-  int64_t lengths_row_stride;
-  const bool* keeps_scores;  // as lengths
-  float* scores;             // [num_pages, block_size]
-  void* output;              // as query
+  const int32_t* page_table;  // [A]
+  const int64_t* table_start;  // [R, num_heads]
+  const int32_t* lengths;      // [R, num_heads]
+  const bool* keeps_scores;    // [R, num_heads]
+  int64_t row_stride;          // of these three
+  float* scores;               // [num_pages, block_size]
+  void* output;                // as query
   int64_t output_stride;
   float scale;
   ParallelFor parallel;
@@ -63,8 +63,8 @@ struct DecodeAttention {
 struct PlanDecode {
   int64_t num_requests, num_layers, num_heads, block_size;
   const int64_t* rows;
-  int32_t* page_table;  // [R, L, H, P], contiguous, as the rest
-  int64_t table_width;
+  int32_t* page_table;         // [A]
+  const int64_t* table_start;  // [R, L, H], contiguous, as the rest
   int32_t *lengths, *num_sticky;
   const int64_t* policy;
   int32_t* free_pages;  // [R, free_width]

@@ -64,7 +64,7 @@ static void plan_heads(void* context, int64_t i) {
     int64_t& slot = a.slots[request * heads + head];
     slot = -1;  // appends
     if (!a.ladder_full[policy] && length >= budget)
-      slot = victim(a, a.page_table + at * a.table_width, length, t - window, t - 1);
+      slot = victim(a, a.page_table + a.table_start[at], length, t - window, t - 1);
   }
 }
 
@@ -80,7 +80,7 @@ static int64_t plan_decode(const PlanDecode& a) {
       int64_t& slot = a.slots[request * heads + head];
       if (slot < 0) {
         int64_t length = a.lengths[at]++;
-        int32_t& page = a.page_table[at * a.table_width + length / page_size];
+        int32_t& page = a.page_table[a.table_start[at] + length / page_size];
         if (length % page_size == 0) {
           if (a.num_free[row] == 0) return request;
           page = a.free_pages[row * a.free_width + --a.num_free[row]];

@@ -24,6 +24,7 @@ struct Arguments {
     const int32_t* positions;
     const int64_t* rows;
     const int32_t* page_table;
+    const int64_t* table_start;
     const int32_t* lengths;
     const bool* keeps_scores;
     float* logits;
@@ -32,7 +33,7 @@ struct Arguments {
     float scale_log2;
     int heads, split_slots, num_splits, max_slots, block_size;
     int64_t query_n, query_h, query_g;        // strides, in elements
-    int64_t table_r, table_h, length_r, length_h, keeps_r, keeps_h;
+    int64_t start_r, start_h, length_r, length_h, keeps_r, keeps_h;
 };
 
 __device__ inline float2 widen(__half2 x) { return __half22float2(x); }
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(32 * kWarps) attend(const Arguments a) {
     const int last = min(first + a.split_slots, length);
     const bool keeps = a.keeps_scores[row * a.keeps_r + head * a.keeps_h];
     const int team = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    const int32_t* table = a.page_table + row * a.table_r + head * a.table_h;
+    const int32_t* table = a.page_table + a.table_start[row * a.start_r + head * a.start_h];
 
     float q[G][8];
 #pragma unroll
@@ -211,20 +212,21 @@ template <typename T, int D> cudaError_t launch(const Arguments& a, dim3 grid, i
 
 }  // namespace
 
-// Returns a cudaError_t. `strides` holds, in elements: query n, h, g; page_table r, h; lengths r, h;
+// Returns a cudaError_t. `strides` holds, in elements: query n, h, g; table_start r, h; lengths r, h;
 // keeps_scores r, h. Supported: head_size 64 and 128, group 1 to 8.
 extern "C" int fastgen_decode_attention(
     const void* query, const void* pages, const void* positions, const void* rows,
-    const void* page_table, const void* lengths, const void* keeps_scores, void* logits,
-    void* partial, void* partial_lse, float scale_log2, int num_requests, int heads, int group,
-    int head_size, int block_size, int split_slots, int num_splits, int max_slots, int is_bfloat16,
-    const int64_t* strides, void* stream) {
+    const void* page_table, const void* table_start, const void* lengths, const void* keeps_scores,
+    void* logits, void* partial, void* partial_lse, float scale_log2, int num_requests, int heads,
+    int group, int head_size, int block_size, int split_slots, int num_splits, int max_slots,
+    int is_bfloat16, const int64_t* strides, void* stream) {
     Arguments a;
     a.query = query;
     a.pages = pages;
     a.positions = static_cast<const int32_t*>(positions);
     a.rows = static_cast<const int64_t*>(rows);
     a.page_table = static_cast<const int32_t*>(page_table);
+    a.table_start = static_cast<const int64_t*>(table_start);
     a.lengths = static_cast<const int32_t*>(lengths);
     a.keeps_scores = static_cast<const bool*>(keeps_scores);
     a.logits = static_cast<float*>(logits);
@@ -239,8 +241,8 @@ extern "C" int fastgen_decode_attention(
     a.query_n = strides[0];
     a.query_h = strides[1];
     a.query_g = strides[2];
-    a.table_r = strides[3];
-    a.table_h = strides[4];
+    a.start_r = strides[3];
+    a.start_h = strides[4];
     a.length_r = strides[5];
     a.length_h = strides[6];
     a.keeps_r = strides[7];

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgen_vllm.basics import EMPTY, to_device
+from fastgen_vllm.basics import EMPTY, layers_at_once, to_device
 from fastgen_vllm.cache.head_tables import HeadTables
 from fastgen_vllm.cache.pages import PagePool
 
@@ -54,7 +54,7 @@ def compact(
         blocks: the request's ``ceil(n / block_size)`` block ids, in token order.
         kept: bool ``[L, H, n]``.
         policy: int64 ``[L, H]``.
-        scores: float32 ``[L, H, n]``, cumulative attention; 0 for heads that keep no scores.
+        scores: float32 ``[L, H, n]``, cumulative attention; read for heads that keep scores.
         sticky: bool ``[L, H, n]``.
         keeps_scores: bool ``[L, H]``.
     """
@@ -76,10 +76,8 @@ def compact(
     pages = pages[..., :width]
 
     tables.bounds[request_id] = longest
-    tables.ensure_pages(width)
-    tables.page_table[row] = 0
+    tables.set_pages(request_id, pages)
     is_used = torch.arange(width, device=kept.device) < used[..., None]
-    tables.page_table[row, :, :, :width] = torch.where(is_used, pages, 0).int()
     tables.lengths[row] = lengths.int()
     tables.num_sticky[row] = (kept & sticky).sum(-1).int()
     tables.policy[row] = policy
@@ -87,7 +85,10 @@ def compact(
     tables.free_pages[row, : len(free)] = free.int()
     tables.num_free[row] = len(free)
     tables.blocks[request_id] = list(blocks[:num_stay])
-    _write_metadata(pool, pages, is_used, kept, scores.masked_fill(sticky, float("inf")))
+    for layers in layers_at_once(kept):
+        own = scores[layers] * keeps_scores[layers, :, None]
+        own.masked_fill_(sticky[layers], float("inf"))
+        _write_metadata(pool, pages[layers], is_used[layers], kept[layers], own)
     return Compacted(list(blocks[num_stay:]), kept_slots, kept.numel())
 
 

@@ -66,6 +66,7 @@ def plan_decode(
         ladder.columns,
         frequent_score == "mean",
         tables.page_table,
+        tables.table_start,
         tables.lengths,
         tables.num_sticky,
         tables.policy,

@@ -19,8 +19,11 @@ MOST_FREE_BLOCKS = 3
 granted before the scheduler has read of it; later, one granted on top of less than one that the
 scheduler counts and less than one that late reports hold back."""
 
+MARGIN = 8
+"""Pages that a head can grow by before its request's table is moved, at least."""
+
 _ROW_TENSORS = (
-    "page_table",
+    "table_start",
     "lengths",
     "num_sticky",
     "policy",
@@ -34,7 +37,9 @@ class HeadTables:
     """State of the requests that are past their prompt, one row each.
 
     Attributes:
-        page_table: int32 ``[R, L, H, P]``, a head's pages in slot order, padded with 0.
+        page_table: int32 ``[A]``, each head's pages in slot order. A request's heads lie side by
+            side, with as much room each; requests lie anywhere.
+        table_start: int64 ``[R, L, H]``, where there a head's pages begin.
         lengths: int32 ``[R, L, H]``, slots in use. A head's slots are always dense.
         num_sticky: int32 ``[R, L, H]``, sticky tokens among them.
         policy: int64 ``[R, L, H]``, index into the ladder.
@@ -46,14 +51,15 @@ class HeadTables:
             need not wait for a device to learn its shapes.
     """
 
-    def __init__(self, pool: PagePool, num_rows: int = 8, max_pages: int = 16) -> None:
+    def __init__(self, pool: PagePool, num_rows: int = 8) -> None:
         self.pool = pool
         layers, heads, device = pool.num_layers, pool.num_kv_heads, pool.kv.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.page_table = zeros(num_rows, layers, heads, max_pages)
+        self.page_table = zeros(len(pool.kv))
+        self.table_start = zeros(num_rows, layers, heads, dtype=torch.int64)
         self.lengths = zeros(num_rows, layers, heads)
         self.num_sticky = zeros(num_rows, layers, heads)
         self.policy = zeros(num_rows, layers, heads, dtype=torch.int64)
@@ -64,6 +70,10 @@ class HeadTables:
         self.blocks: dict[str, list[int]] = {}
         self.bounds: dict[str, int] = {}
         self._free_rows = list(range(num_rows))[::-1]
+        self._parts: dict[str, tuple[int, int]] = {}
+        """Of each request: where its part of the page table begins, and a head's room there."""
+        self._end = 0
+        self._heads = torch.arange(layers * heads, device=device).view(layers, heads)
         self._last_rows: tuple[list[str], torch.Tensor] | None = None
 
     def rows_of(self, request_ids: Sequence[str]) -> torch.Tensor:
@@ -90,7 +100,7 @@ class HeadTables:
         if row is None:
             return
         del self.blocks[request_id], self.bounds[request_id]
-        self.page_table[row] = 0
+        self._parts.pop(request_id, None)
         self.lengths[row] = 0
         self.num_free[row] = 0
         self._free_rows.append(row)
@@ -107,19 +117,64 @@ class HeadTables:
 
     def grow_bounds(self, request_ids: Sequence[str]) -> int:
         """Each request may get one slot more in every head; returns the most pages of a head."""
+        longest = 0
         for request_id in request_ids:
-            self.bounds[request_id] += 1
-        longest = max(self.bounds[request_id] for request_id in request_ids)
-        max_pages = -(-longest // self.pool.block_size)
-        self.ensure_pages(max_pages)
-        return max_pages
+            bound = self.bounds[request_id] = self.bounds[request_id] + 1
+            self._make_room(request_id, -(-bound // self.pool.block_size))
+            longest = max(longest, bound)
+        return -(-longest // self.pool.block_size)
 
-    def ensure_pages(self, max_pages: int) -> None:
-        """Widen the table to at least ``max_pages`` pages a head."""
-        width = self.page_table.shape[-1]
-        if max_pages > width:
-            more = max(max_pages, 2 * width) - width
-            self.page_table = torch.nn.functional.pad(self.page_table, (0, more))
+    def set_pages(self, request_id: str, pages: torch.Tensor) -> None:
+        """Enter the pages that each head owns.
+
+        Args:
+            pages: int64 ``[L, H, P]``; what follows a head's own is not read.
+        """
+        self._make_room(request_id, pages.shape[-1])
+        self._table_of(request_id)[:, : pages.shape[-1]] = pages.flatten(0, 1).int()
+
+    def pages_of(self, request_id: str) -> torch.Tensor:
+        """The pages that each head uses: int64 ``[L, H, P]``, padded with page 0."""
+        used = -(-self.lengths[self.rows[request_id]] // self.pool.block_size)
+        table = self._table_of(request_id).view(*used.shape, -1).long()
+        index = torch.arange(table.shape[-1], device=table.device)
+        return torch.where(index < used[..., None], table, 0)
+
+    def _table_of(self, request_id: str) -> torch.Tensor:
+        """``[L * H, room]``, a view."""
+        start, room = self._parts[request_id]
+        return self.page_table[start : start + self._heads.numel() * room].view(-1, room)
+
+    def _make_room(self, request_id: str, num_pages: int) -> None:
+        """Move the request's table where a head of it could not have ``num_pages`` pages."""
+        heads, (_, room) = self._heads.numel(), self._parts.get(request_id, (0, 0))
+        if num_pages <= room:
+            return
+        wider = num_pages + max(MARGIN, num_pages // 4)
+        if self._end + heads * wider > len(self.page_table):
+            self._repack(heads * wider)
+        before = self._table_of(request_id) if room else None
+        self._parts[request_id] = self._end, wider
+        self.table_start[self.rows[request_id]] = self._heads * wider + self._end
+        if before is not None:
+            self._table_of(request_id)[:, :room] = before
+        self._end += heads * wider
+
+    def _repack(self, size: int) -> None:
+        """Put the tables side by side. At least half of the page table is free then, and room for
+        ``size`` entries."""
+        heads = self._heads.numel()
+        in_use = sum(heads * room for _, room in self._parts.values())
+        capacity = len(self.page_table)
+        while in_use + size > capacity or 2 * in_use > capacity:
+            capacity *= 2
+        packed, end = self.page_table.new_zeros(capacity), 0
+        for request_id, (start, room) in self._parts.items():
+            packed[end : end + heads * room] = self.page_table[start : start + heads * room]
+            self.table_start[self.rows[request_id]] += end - start
+            self._parts[request_id] = end, room
+            end += heads * room
+        self.page_table, self._end = packed, end
 
     def audit(self) -> None:
         """Check that owned pages are each owned once and are exactly the owned blocks' pages.
@@ -129,10 +184,10 @@ class HeadTables:
         """
         owner: dict[int, str] = {}
         for request_id, row in self.rows.items():
-            pages = []
+            own = self.pages_of(request_id)
             used = -(-self.lengths[row] // self.pool.block_size)
-            width = torch.arange(self.page_table.shape[-1], device=used.device)
-            pages += self.page_table[row][width < used[..., None]].tolist()
+            index = torch.arange(own.shape[-1], device=used.device)
+            pages = own[index < used[..., None]].tolist()
             pages += self.free_pages[row, : int(self.num_free[row])].tolist()
             owned = torch.tensor(self.blocks[request_id], dtype=torch.int64)
             expected = self.pool.pages_of(owned).flatten().tolist()
@@ -143,7 +198,7 @@ class HeadTables:
             for page in pages:
                 assert page not in owner, f"page {page}: {owner[page]} and {request_id} own it"
                 owner[page] = request_id
-            live = (self.pool.positions[self.page_table[row].long()] >= 0).sum(dim=(-1, -2))
+            live = (self.pool.positions[own] >= 0).sum(dim=(-1, -2))
             assert torch.equal(live.int(), self.lengths[row]), f"{request_id}: empty slots in use"
 
     def _double_rows(self) -> None:

@@ -71,18 +71,14 @@ def _attend(p: FirstPass) -> None:
         p.positions,
         p.rows,
         p.page_table,
+        p.table_start,
         p.lengths,
         p.keeps_scores,
         p.logits,
         p.partial,
         p.partial_lse,
     )
-    strides = (
-        *p.query.stride()[:3],
-        *p.page_table.stride()[:2],
-        *p.lengths.stride(),
-        *p.keeps_scores.stride(),
-    )
+    strides = (*p.query.stride()[:3], *p.strides)
     sizes = (
         n,
         heads,
@@ -111,9 +107,11 @@ def decode_attention(
     positions: torch.Tensor,
     rows: torch.Tensor,
     page_table: torch.Tensor,
+    table_start: torch.Tensor,
     lengths: torch.Tensor,
     keeps_scores: torch.Tensor,
     scores: torch.Tensor,
+    max_pages: int,
     scale: float,
     output: torch.Tensor,
 ) -> None:
@@ -125,9 +123,11 @@ def decode_attention(
         positions,
         rows,
         page_table,
+        table_start,
         lengths,
         keeps_scores,
         scores,
+        max_pages,
         scale,
         output,
     )

@@ -133,9 +133,11 @@ def decode_attention(
     positions: torch.Tensor,
     rows: torch.Tensor,
     page_table: torch.Tensor,
+    table_start: torch.Tensor,
     lengths: torch.Tensor,
     keeps_scores: torch.Tensor,
     scores: torch.Tensor,
+    max_pages: int,
     scale: float,
     output: torch.Tensor,
 ) -> None:
@@ -148,17 +150,18 @@ def decode_attention(
         query: ``[N, H, G, D]``.
         positions: int32 ``[num_pages, block_size]``.
         rows: int64 ``[N]``, each request's row of the three tables.
-        page_table: int32 ``[R, H, P]``, padded with page 0.
+        page_table: int32 ``[A]``, every head's pages in slot order.
+        table_start: int64 ``[R, H]``, where each head's pages begin there.
         lengths: int32 ``[R, H]``, slots in use.
         keeps_scores: bool ``[R, H]``.
         scores: float32 ``[num_pages, block_size]``, updated in place.
+        max_pages: no head of the requests has more pages.
         output: ``[N, H, G, D]``, written.
     """
     n, heads = query.shape[:2]
     block_size, content = pages.shape[1:]
     length = lengths[rows].long()
-    max_pages = -(-int(length.max()) // block_size)
-    table = page_table[rows][..., :max_pages].long()
+    table = pages_in_order(page_table, table_start[rows], length, block_size, max_pages)
     index = table.reshape(-1)
     cache = pages[index].view(n, heads, max_pages * block_size, content).float()
     key, value = cache.chunk(2, dim=-1)
@@ -174,6 +177,21 @@ def decode_attention(
     scores[table[owned]] += received[owned]
 
 
+def pages_in_order(
+    page_table: torch.Tensor,
+    table_start: torch.Tensor,
+    lengths: torch.Tensor,
+    block_size: int,
+    max_pages: int,
+) -> torch.Tensor:
+    """Pages of heads whose tables begin at ``table_start`` ``[...]`` and that use ``lengths``
+    ``[...]`` slots: int64 ``[..., max_pages]``, padded with page 0."""
+    index = torch.arange(max_pages, device=page_table.device)
+    at = (table_start[..., None] + index).clamp(max=len(page_table) - 1)
+    in_use = index < -(-lengths[..., None] // block_size)
+    return torch.where(in_use, page_table[at], 0).long()
+
+
 def plan_decode(
     rows: torch.Tensor,
     num_tokens: torch.Tensor,
@@ -182,6 +200,7 @@ def plan_decode(
     ladder: list[torch.Tensor],
     mean: bool,
     page_table: torch.Tensor,
+    table_start: torch.Tensor,
     lengths: torch.Tensor,
     num_sticky: torch.Tensor,
     policy: torch.Tensor,
@@ -202,7 +221,7 @@ def plan_decode(
         special, punctuation: bool ``[N]``, the newest token's flags.
         ladder: ``Ladder.columns``.
         mean: divide scores by the queries that could see the token.
-        page_table: int32 ``[R, L, H, P]``, wide enough for one more page a head.
+        page_table, table_start: with room for one more page a head.
         slots: int64 ``[N, L, H]``, written: the newest token's ``page * block_size + offset``.
 
     Returns:
@@ -220,8 +239,8 @@ def plan_decode(
     budget = total_sticky + ceil_ratio(frequent[choice], t) + window
     evicts = ~full[choice] & (length >= budget)
 
-    table = page_table[rows]
-    index = (length // block_size)[..., None]
+    start = table_start[rows]
+    entry = start + length // block_size
     takes_page = ~evicts & (length % block_size == 0)
     taken = takes_page.flatten(1).sum(-1)
     height = num_free[rows].long()
@@ -233,15 +252,14 @@ def plan_decode(
         new_pages = free_pages[rows].gather(-1, where)[flat]
         num_free[rows] = (height - taken).int()
         positions[new_pages] = EMPTY
-        added = table.gather(-1, index).masked_scatter(takes_page[..., None], new_pages)
-        table.scatter_(-1, index, added)
-        page_table[rows] = table
-    slots.copy_(table.gather(-1, index)[..., 0].long() * block_size + length % block_size)
+        page_table[entry[takes_page]] = new_pages
+    slots.copy_(page_table[entry].long() * block_size + length % block_size)
     if evicts.any():
+        max_pages = -(-int(length.max()) // block_size)
         slots[evicts] = _victims(
             positions,
             scores,
-            table[evicts],
+            pages_in_order(page_table, start[evicts], length[evicts], block_size, max_pages),
             (t - window).expand_as(length)[evicts],
             (t - 1).expand_as(length)[evicts] if mean else None,
         )
@@ -255,12 +273,12 @@ def plan_decode(
 def _victims(
     positions: torch.Tensor,
     scores: torch.Tensor,
-    page_table: torch.Tensor,
+    pages: torch.Tensor,
     window_start: torch.Tensor,
     queries_so_far: torch.Tensor | None,
 ) -> torch.Tensor:
     """Slot of the lowest score outside the window in each head ``[M, P]``; oldest on ties."""
-    block_size, pages = positions.shape[1], page_table.long()
+    block_size = positions.shape[1]
     position = positions[pages].flatten(1)
     score = scores[pages].flatten(1)
     if queries_so_far is not None:

@@ -126,12 +126,12 @@ def head_lengths(shape: tuple[int, ...], tokens: int, kept: float) -> torch.Tens
     return (spread * high * tokens).clamp(1, tokens).int()
 
 
-def scattered_pages(num_pages: torch.Tensor, width: int) -> torch.Tensor:
-    """int32 ``[*num_pages.shape, width]``: pages from 1 on in random order, padded with 0."""
-    table = torch.zeros(*num_pages.shape, width, dtype=torch.int32)
-    owned = torch.arange(width) < num_pages[..., None]
-    table[owned] = (torch.randperm(int(num_pages.sum())) + 1).int()
-    return table
+def scattered_pages(num_pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A page table of pages from 1 on in random order, and where there each head's begin: int64
+    ``[*num_pages.shape]``."""
+    ends = num_pages.flatten().cumsum(0)
+    start = (ends - num_pages.flatten()).view(num_pages.shape)
+    return (torch.randperm(int(ends[-1])) + 1).int(), start
 
 
 class Cache:
@@ -145,7 +145,8 @@ class Cache:
         self.positions = torch.zeros(total + 1, BLOCK, dtype=torch.int32)
         self.scores = torch.zeros(total + 1, BLOCK)
         self.keeps_scores = torch.rand(self.lengths.shape) < (0.5 if kept < 1.0 else 0.0)
-        self.page_table = scattered_pages(num_pages, -(-tokens // BLOCK))
+        self.page_table, self.table_start = scattered_pages(num_pages)
+        self.max_pages = int(num_pages.max())
         self.rows = torch.arange(requests)
         self.query = torch.randn(requests, m.kv_heads, m.group, m.head_size, dtype=torch.bfloat16)
         self.output = torch.empty_like(self.query)
@@ -165,10 +166,12 @@ class Cache:
                 self.pages,
                 self.positions,
                 self.rows,
-                self.page_table[:, layer],
+                self.page_table,
+                self.table_start[:, layer],
                 self.lengths[:, layer],
                 self.keeps_scores[:, layer],
                 self.scores,
+                self.max_pages,
                 self.head_size**-0.5,
                 self.output,
             )
@@ -331,7 +334,7 @@ def bookkeeping_figures(device: str, m: Model, requests: int, tokens: int) -> di
     lengths = head_lengths(heads, tokens, kept)
     num_pages = -(-lengths // BLOCK) + 1
     total = int(num_pages.sum())
-    page_table = scattered_pages(num_pages, -(-tokens // BLOCK) + 2)
+    page_table, table_start = scattered_pages(num_pages)
     positions = torch.randint(tokens, (total + 1, BLOCK), dtype=torch.int32)
     scores = torch.rand(total + 1, BLOCK)
     # Full heads append; the others, half of them by score, stand at their budget and evict.
@@ -361,6 +364,7 @@ def bookkeeping_figures(device: str, m: Model, requests: int, tokens: int) -> di
             ladder,
             False,
             page_table,
+            table_start,
             lengths.clone(),
             sticky,
             policy,

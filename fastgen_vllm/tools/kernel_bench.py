@@ -66,7 +66,8 @@ def decode_figures(
     positions = torch.zeros((num_pages, block), dtype=torch.int32)
     scores = torch.zeros((num_pages, block))
     table = (torch.randperm(num_pages - 1) + 1).int()
-    table = table.view(num_requests, layers, heads, pages_each)
+    start = pages_each * torch.arange(num_requests * layers * heads)
+    start = start.view(num_requests, layers, heads)
     lengths = torch.full((num_requests, layers, heads), slots, dtype=torch.int32)
     rows = torch.arange(num_requests)
     query = torch.randn(num_requests, heads, shape.group_size, D).to(dtype)
@@ -82,10 +83,12 @@ def decode_figures(
                     pages,
                     positions,
                     rows,
-                    table[:, layer],
+                    table,
+                    start[:, layer],
                     lengths[:, layer],
                     keeps_scores[:, layer],
                     scores,
+                    pages_each,
                     0.1,
                     output,
                 )

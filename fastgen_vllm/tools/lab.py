@@ -147,8 +147,7 @@ class Lab:
 
     def kept_positions(self, name: str) -> list[list[set[int]]]:
         """Positions kept by layer and head."""
-        pool, tables = self.runtime.pool, self.runtime.tables
-        pages = tables.page_table[tables.rows[name]].long()
+        pool, pages = self.runtime.pool, self.runtime.tables.pages_of(name)
         return [
             [{p for p in head if p >= 0} for head in layer]
             for layer in pool.positions[pages].flatten(2).tolist()

@@ -20,7 +20,7 @@ logger = init_logger("vllm.fastgen")
 SCHEDULER = "fastgen_vllm.vllm_plugin.scheduler.FastGenScheduler"
 ASYNC_SCHEDULER = "fastgen_vllm.vllm_plugin.scheduler.FastGenAsyncScheduler"
 WORKERS = {
-    "cpu": "fastgen_vllm.vllm_plugin.worker.FastGenCPUWorker",
+    "cpu": "fastgen_vllm.vllm_plugin.cpu_worker.FastGenCPUWorker",
     "cuda": "fastgen_vllm.vllm_plugin.worker.FastGenGPUWorker",
 }
 V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"

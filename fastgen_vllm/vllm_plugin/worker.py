@@ -8,9 +8,10 @@ import torch
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
+from fastgen_vllm import footprint
+from fastgen_vllm.basics import FastGenConfigError
 from fastgen_vllm.config import RequestOverride
 from fastgen_vllm.kernels import native, prefill, reference
 from fastgen_vllm.runtime import PendingReport, Runtime
@@ -32,6 +33,42 @@ class FastGenWorkerMixin(WorkerBase):
 
     runtime: Runtime
     pending: PendingReport | None = None
+
+    def determine_available_memory(self: Any) -> int:
+        """Bytes for the KV cache: what vLLM finds less what FastGen needs beside it.
+
+        Raises:
+            FastGenConfigError: nothing is left.
+        """
+        available = super().determine_available_memory()
+        config, load = fastgen_config(self.vllm_config), self._load()
+        fixed = footprint.for_prompts(config, load) + footprint.for_attention(load)
+        share = footprint.for_each_kv_byte(config, load)
+        kv = self.cache_config.kv_cache_memory_bytes or int((available - fixed) / (1 + share))
+        beside = fixed + int(share * kv)
+        if kv <= 0:
+            raise FastGenConfigError(
+                f"FASTGEN needs {_gib(fixed)} beside the KV cache for prompts of up to "
+                f"{load.longest} tokens, and {_gib(available)} are left; "
+                "lower --max-model-len or raise --gpu-memory-utilization"
+            )
+        logger.info("FASTGEN: %s for the KV cache, up to %s beside it", _gib(kv), _gib(beside))
+        return kv
+
+    def _load(self: Any) -> footprint.Load:
+        vllm_config = self.vllm_config
+        scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+        specs = list(self.model_runner.get_kv_cache_spec().values())
+        num_heads = model.get_num_attention_heads(vllm_config.parallel_config)
+        return footprint.Load(
+            len(specs),
+            specs[0].num_kv_heads,
+            num_heads // specs[0].num_kv_heads,
+            2 * specs[0].head_size * specs[0].dtype.itemsize,
+            model.max_model_len,
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+        )
 
     def initialize_from_config(self: Any, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
@@ -119,16 +156,16 @@ class _WithReport(AsyncModelRunnerOutput):
         return output
 
 
-class FastGenCPUWorker(FastGenWorkerMixin, CPUWorker):
-    """vLLM's CPU worker with FastGen."""
-
-
 class FastGenGPUWorker(FastGenWorkerMixin, GPUWorker):
     """vLLM's CUDA worker with FastGen."""
 
     def compile_or_warm_up_model(self) -> Any:
         warm_up(self.runtime)
         return super().compile_or_warm_up_model()
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _override(sampling_params: Any) -> RequestOverride:

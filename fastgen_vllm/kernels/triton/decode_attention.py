@@ -16,13 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgen_vllm.basics import LOGITS_BYTES
 from fastgen_vllm.kernels.triton.common import INTERPRETED, LOG2_E, product
 
-_LOGITS_BYTES = 1 << 28
-"""Scratch for logits: larger batches are attended in parts."""
-
-
-_CHANGING = ["num_splits", "max_slots", "stride_tr", "stride_th"]
+_CHANGING = ["num_splits", "max_slots"]
 """Arguments that grow with the heads: no new compilation for their divisors."""
 
 
@@ -33,6 +30,7 @@ def attend_kernel(
     positions,
     rows,
     page_table,
+    table_start,
     lengths,
     keeps_scores,
     logits,
@@ -46,8 +44,8 @@ def attend_kernel(
     stride_qn,
     stride_qh,
     stride_qg,
-    stride_tr,
-    stride_th,
+    stride_sr,
+    stride_sh,
     stride_lr,
     stride_lh,
     stride_kr,
@@ -73,7 +71,7 @@ def attend_kernel(
     q_mask = (group < G)[:, None] & (lane < D)[None, :]
     q_at = query + n * stride_qn + head * stride_qh + group[:, None] * stride_qg + lane[None, :]
     q = tl.load(q_at, mask=q_mask, other=0.0).to(pages.dtype.element_ty)
-    table = page_table + row * stride_tr + head * stride_th
+    table = page_table + tl.load(table_start + row * stride_sr + head * stride_sh)
     highest = tl.full([G_PAD], float("-inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
     acc = tl.zeros([G_PAD, D_PAD], tl.float32)
@@ -112,6 +110,7 @@ def merge_kernel(
     positions,
     rows,
     page_table,
+    table_start,
     lengths,
     keeps_scores,
     scores,
@@ -126,8 +125,8 @@ def merge_kernel(
     stride_on,
     stride_oh,
     stride_og,
-    stride_tr,
-    stride_th,
+    stride_sr,
+    stride_sh,
     stride_lr,
     stride_lh,
     stride_kr,
@@ -167,7 +166,7 @@ def merge_kernel(
         out = output + n * stride_on + head * stride_oh + group[:, None] * stride_og + lane[None, :]
         tl.store(out, acc.to(output.dtype.element_ty), mask=mask)
     if tl.load(keeps_scores + row * stride_kr + head * stride_kh) != 0:
-        table = page_table + row * stride_tr + head * stride_th
+        table = page_table + tl.load(table_start + row * stride_sr + head * stride_sh)
         last = tl.minimum(first + split_slots, length)
         for start in range(first, last, TILE):
             slot = start + tl.arange(0, TILE)
@@ -217,6 +216,7 @@ class FirstPass:
     positions: torch.Tensor
     rows: torch.Tensor
     page_table: torch.Tensor
+    table_start: torch.Tensor
     lengths: torch.Tensor
     keeps_scores: torch.Tensor
     logits: torch.Tensor
@@ -238,7 +238,7 @@ class FirstPass:
     @property
     def strides(self) -> tuple[int, ...]:
         return (
-            *self.page_table.stride()[:2],
+            *self.table_start.stride(),
             *self.lengths.stride(),
             *self.keeps_scores.stride(),
         )
@@ -267,6 +267,7 @@ def attend(p: FirstPass) -> None:
         p.positions,
         p.rows,
         p.page_table,
+        p.table_start,
         p.lengths,
         p.keeps_scores,
         p.logits,
@@ -289,6 +290,7 @@ def merge(p: FirstPass, scores: torch.Tensor, output: torch.Tensor) -> None:
         p.positions,
         p.rows,
         p.page_table,
+        p.table_start,
         p.lengths,
         p.keeps_scores,
         scores,
@@ -312,18 +314,20 @@ def decode_in_parts(
     positions: torch.Tensor,
     rows: torch.Tensor,
     page_table: torch.Tensor,
+    table_start: torch.Tensor,
     lengths: torch.Tensor,
     keeps_scores: torch.Tensor,
     scores: torch.Tensor,
+    max_pages: int,
     scale: float,
     output: torch.Tensor,
 ) -> None:
     """Both passes, over as many requests at once as the scratch for logits allows."""
     n, heads, group, head_size = query.shape
-    max_slots = page_table.shape[2] * pages.shape[1]
-    assert query.stride(3) == output.stride(3) == page_table.stride(2) == 1
+    max_slots = max_pages * pages.shape[1]
+    assert query.stride(3) == output.stride(3) == page_table.stride(0) == 1
     assert pages.is_contiguous() and positions.is_contiguous() and scores.is_contiguous()
-    at_once = max(1, _LOGITS_BYTES // (heads * max_slots * group * 4))
+    at_once = max(1, LOGITS_BYTES // (heads * max_slots * group * 4))
     for start in range(0, n, at_once):
         part = slice(start, min(start + at_once, n))
         count = part.stop - part.start
@@ -339,6 +343,7 @@ def decode_in_parts(
             positions,
             rows[part],
             page_table,
+            table_start,
             lengths,
             keeps_scores,
             scratch(count, heads, max_slots, group),
@@ -358,13 +363,15 @@ def decode_attention(
     positions: torch.Tensor,
     rows: torch.Tensor,
     page_table: torch.Tensor,
+    table_start: torch.Tensor,
     lengths: torch.Tensor,
     keeps_scores: torch.Tensor,
     scores: torch.Tensor,
+    max_pages: int,
     scale: float,
     output: torch.Tensor,
 ) -> None:
-    """As ``reference.decode_attention``. ``page_table``'s width bounds the heads' lengths."""
+    """As ``reference.decode_attention``."""
     decode_in_parts(
         attend,
         query,
@@ -372,9 +379,11 @@ def decode_attention(
         positions,
         rows,
         page_table,
+        table_start,
         lengths,
         keeps_scores,
         scores,
+        max_pages,
         scale,
         output,
     )

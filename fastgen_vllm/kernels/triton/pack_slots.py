@@ -57,7 +57,7 @@ def pack_slots(pages: torch.Tensor, page_table: torch.Tensor, kept: torch.Tensor
     layers, heads, num_tokens = kept.shape
     content = pages.shape[-1]
     page_table, kept = page_table.contiguous(), kept.contiguous()
-    target = kept.cumsum(-1, dtype=torch.int32) - 1
+    target = kept.cumsum(-1, dtype=torch.int32).sub_(1)
     pack_slots_kernel[(layers * heads,)](
         pages,
         page_table,

@@ -16,7 +16,7 @@ def ceil_ratio(ratio, num_tokens, UNIT: tl.constexpr):
     return (ratio * num_tokens + (UNIT - 1)) // UNIT
 
 
-@triton.jit(do_not_specialize=["stride_tr", "stride_th"])
+@triton.jit
 def grow_kernel(
     rows,
     num_tokens,
@@ -29,6 +29,7 @@ def grow_kernel(
     ladder_local,
     ladder_least,
     page_table,
+    table_start,
     lengths,
     num_sticky,
     policy,
@@ -36,8 +37,6 @@ def grow_kernel(
     num_free,
     slots,
     short,
-    stride_tr,
-    stride_th,
     stride_fr,
     HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
@@ -72,7 +71,8 @@ def grow_kernel(
     rank = tl.cumsum(takes_page, 0)
     takes = takes_page != 0
     fresh = tl.load(free_pages + row * stride_fr + height - rank, mask=takes, other=0)
-    entry = page_table + row * stride_tr + head.to(tl.int64) * stride_th + length // BLOCK_SIZE
+    start = tl.load(table_start + row * HEADS + head, mask=is_head, other=0)
+    entry = page_table + start + length // BLOCK_SIZE
     appends = is_head & (evicts == 0)
     current = tl.load(entry, mask=appends & (takes == 0), other=0)
     page = tl.where(takes, fresh, current)
@@ -84,7 +84,7 @@ def grow_kernel(
     tl.store(num_free + row, height - taken)
 
 
-@triton.jit(do_not_specialize=["stride_tr", "stride_th"])
+@triton.jit
 def place_kernel(
     rows,
     num_tokens,
@@ -95,13 +95,12 @@ def place_kernel(
     ladder_local,
     ladder_least,
     page_table,
+    table_start,
     lengths,
     policy,
     positions,
     scores,
     slots,
-    stride_tr,
-    stride_th,
     MEAN: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -123,7 +122,7 @@ def place_kernel(
             ceil_ratio(tl.load(ladder_local + choice), t, UNIT), tl.load(ladder_least + choice)
         )
         length = tl.load(lengths + row * HEADS + head)
-        table = page_table + row * stride_tr + head.to(tl.int64) * stride_th
+        table = page_table + tl.load(table_start + row * HEADS + head)
         lowest = tl.full([TILE], float("inf"), tl.float32)
         oldest = tl.full([TILE], INT_MAX, tl.int32)
         best = tl.zeros([TILE], tl.int64)
@@ -168,6 +167,7 @@ def plan_decode(
     ladder: list[torch.Tensor],
     mean: bool,
     page_table: torch.Tensor,
+    table_start: torch.Tensor,
     lengths: torch.Tensor,
     num_sticky: torch.Tensor,
     policy: torch.Tensor,
@@ -181,15 +181,13 @@ def plan_decode(
 
     A request that is short of pages is left as it was and its token goes to page 0.
     """
-    layers, heads = page_table.shape[1:3]
-    total, block_size = layers * heads, positions.shape[1]
-    assert page_table.stride(1) == heads * page_table.stride(2) and page_table.stride(3) == 1
-    for tensor in (lengths, num_sticky, policy, num_free, positions, scores, slots):
+    total, block_size = lengths[0].numel(), positions.shape[1]
+    for tensor in (page_table, table_start, lengths, num_sticky, policy, num_free, positions):
         assert tensor.is_contiguous()
+    assert scores.is_contiguous() and slots.is_contiguous()
     ladder_special, ladder_punctuation, full, frequent, local, least_window = ladder
     short = torch.full((1,), -1, dtype=torch.int32, device=rows.device)
     sizes = {"HEADS": total, "BLOCK_SIZE": block_size, "UNIT": RATIO_UNIT}
-    strides = (page_table.stride(0), page_table.stride(2))
     grow_kernel[(len(rows),)](
         rows,
         num_tokens,
@@ -202,6 +200,7 @@ def plan_decode(
         local,
         least_window,
         page_table,
+        table_start,
         lengths,
         num_sticky,
         policy,
@@ -209,7 +208,6 @@ def plan_decode(
         num_free,
         slots,
         short,
-        *strides,
         free_pages.stride(0),
         HEADS_PAD=triton.next_power_of_2(total),
         **sizes,
@@ -224,12 +222,12 @@ def plan_decode(
         local,
         least_window,
         page_table,
+        table_start,
         lengths,
         policy,
         positions,
         scores,
         slots,
-        *strides,
         MEAN=mean,
         NO_TOKEN=EMPTY,
         INT_MAX=_INT_MAX,
