@@ -196,7 +196,7 @@ class FromNumbers(TorchFunctionMode):
         if func is torch.Tensor.new_tensor:
             kwargs.setdefault("dtype", args[0].dtype)
             func, args = torch.tensor, args[1:]
-        return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs).to(_to_meta(device))
 
 
 def _launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:

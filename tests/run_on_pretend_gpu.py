@@ -1,7 +1,8 @@
-"""A program: vLLM's CUDA platform, worker and V1 runner with FastGen, on the pretend device.
+"""A program: a small engine with FastGen on vLLM's CUDA platform, worker and V1 runner, with the
+pretend device for a GPU; or, given ``cpu``, on vLLM's CPU worker. Prints a line of JSON.
 
 What is vLLM's runs as on a GPU but for three things: the model's own operations are PyTorch's, its
-weights are loaded on the CPU and then moved, and streams and events do nothing. Prints a JSON line.
+weights are loaded on the CPU and then moved, and streams and events do nothing.
 """
 
 from __future__ import annotations
@@ -10,81 +11,63 @@ import contextlib
 import json
 import os
 import sys
-import types
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
-
-os.environ |= {
-    "CUDA_VISIBLE_DEVICES": "",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-}
 
 import pretend_device
 import torch
-from pretend_device import OnDevice
-
-for name in ("_C_stable_libtorch", "vllm_flash_attn._vllm_fa3_C"):
-    sys.modules[f"vllm.{name}"] = types.ModuleType(f"vllm.{name}")
-import vllm.platforms
-
-# This vLLM is the CPU's build, which would switch Triton off.
-vllm.platforms.vllm_version_matches_substr = lambda substring: False
-from vllm.platforms.cuda import NonNvmlCudaPlatform
-from vllm.platforms.interface import DeviceCapability
 
 from fastgen_vllm.kernels import prefill
 
-MEMORY = 4 << 30
+MEMORY = 1 << 30
 DEVICE = torch.device("cuda", 0)
 
 
-class PretendPlatform(NonNvmlCudaPlatform):
-    dist_backend = "gloo"
+def generate(model: str) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
 
-    @classmethod
-    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
-        return DeviceCapability(9, 0)
+    llm = LLM(
+        model,
+        attention_backend="fastgen",
+        dtype="float32",
+        max_model_len=512,
+        max_num_batched_tokens=256,
+        max_num_seqs=4,
+        compilation_config={"mode": 0, "custom_ops": ["none"]},
+        additional_config={"fastgen": {"min_prompt_tokens": 32, "debug": True}},
+        **({"kv_cache_memory_bytes": MEMORY // 2} if "cpu" in sys.argv else {}),
+    )
+    prompts = [{"prompt_token_ids": [i * i % 40_009 for i in range(n)]} for n in (90, 33, 300)]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=18))
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "kept": [output.kv_transfer_params["fastgen"]["kv_kept_ratio"] for output in outputs],
+        "worker": type(worker).__name__,
+        "kernels": worker.runtime.kernels.NAME,
+        "report_lag": worker.runtime.report_lag,
+    }
 
-    @classmethod
-    def get_device_name(cls, device_id: int = 0) -> str:
-        return "pretend"
 
-    @classmethod
-    def get_device_total_memory(cls, device_id: int = 0) -> int:
-        return MEMORY
-
-    @classmethod
-    def device_count(cls) -> int:
-        return 1
-
-    @classmethod
-    def is_integrated_gpu(cls, device_id: int = 0) -> bool:
-        return False
-
-    @classmethod
-    def num_compute_units(cls, device_id: int = 0) -> int:
-        return 4
-
-    @classmethod
-    def manual_seed_all(cls, seed: int) -> None:
-        pass
-
-    @classmethod
-    def get_current_memory_usage(cls, device: Any = None) -> float:
-        return 0.0
-
-    @classmethod
-    def opaque_attention_op(cls) -> bool:
-        return False
+def on_pretend_gpu(model: str) -> dict[str, Any]:
+    pretend_device.DEVICE = DEVICE
+    with pretend_device.pretend_device() as mode:
+        pretend_driver(mode)
+        pretend_cuda_build()
+        load_on_cpu_then_move()
+        figures = generate(model)
+        library, attend = prefill.choose(torch.bfloat16)
+        return {
+            **figures,
+            "prefill": library,
+            "prefill_differs": differs(attend),
+            "memory": mode.peak / MEMORY,
+            "has_cpu_worker": "vllm.v1.worker.cpu_worker" in sys.modules,
+        }
 
 
 class Nothing:
     """A stream or an event: whatever is asked of it has happened."""
-
-    cuda_stream = 0
-    device = DEVICE
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -95,51 +78,109 @@ class Nothing:
     synchronize = wait_stream = wait = record
 
 
+def no_grad(mode: Any = True) -> Any:
+    """Instead of inference mode, in which wrapped tensors have no views."""
+    if callable(mode):
+        return torch.no_grad(mode)
+    return torch.no_grad() if mode else contextlib.nullcontext()
+
+
 def pretend_driver(mode: pretend_device.PretendDevice) -> None:
-    nothing = Nothing()
-    for owner in (torch.cuda, torch):
-        owner.Event = Nothing
-    torch.cuda.Stream = Nothing
-    torch.cuda.current_stream = lambda *args: nothing
+    torch.inference_mode = no_grad
+    torch.Event = torch.cuda.Event = torch.cuda.Stream = Nothing
+    torch.cuda.current_stream = Nothing
     torch.cuda.set_stream = lambda stream: None
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.memory.get_allocator_backend = lambda: "pretend"
     torch.cuda.get_device_properties = lambda *args: SimpleNamespace(multi_processor_count=4)
-    accelerator = torch.accelerator
-    for name in ("synchronize", "empty_cache", "set_device_index", "reset_peak_memory_stats"):
-        setattr(accelerator, name, lambda *args: None)
-    accelerator.device_count = lambda: 1
-    accelerator.current_device_index = lambda: 0
-    accelerator.memory_stats = lambda *args: {
+    torch.cuda.memory.get_allocator_backend = lambda: "pretend"
+    figures = {
+        "synchronize": None,
+        "empty_cache": None,
+        "empty_host_cache": None,
+        "reset_peak_memory_stats": None,
+        "set_device_index": None,
+        "device_count": 1,
+        "current_device_index": 0,
+    }
+    for name, figure in figures.items():
+        setattr(torch.accelerator, name, lambda *args, figure=figure: figure)
+    for name in ("memory_reserved", "memory_allocated", "max_memory_allocated"):
+        setattr(torch.accelerator, name, lambda *args: mode.in_use)
+    torch.accelerator.get_memory_info = lambda *args: (MEMORY - mode.in_use, MEMORY)
+    torch.accelerator.memory_stats = lambda *args: {
         "allocated_bytes.all.peak": mode.peak,
         "allocated_bytes.all.current": mode.in_use,
     }
-    for name in ("memory_reserved", "memory_allocated", "max_memory_allocated"):
-        setattr(accelerator, name, lambda *args: mode.in_use)
-    accelerator.get_memory_info = lambda *args: (MEMORY - mode.in_use, MEMORY)
 
 
-def no_compiled_operations() -> None:
+def pretend_cuda_build() -> None:
+    """This vLLM is the CPU's build: it has no CUDA operations, and would switch Triton off."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Triton is not asked for its driver
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    for name in ("_C_stable_libtorch", "vllm_flash_attn._vllm_fa3_C"):
+        sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
+    torch.ops._vllm_fa3_C = SimpleNamespace(fwd=flash_attention_3)
+    torch.ops._C.silu_and_mul = None
+
+    from vllm import platforms
+
+    platforms.vllm_version_matches_substr = lambda substring: False
+    platforms._current_platform = pretend_platform()
     from vllm import _custom_ops
+    from vllm.v1.sample.ops import topk_topp_sampler
 
     for name in dir(_custom_ops):
         if name.startswith("cutlass") and "supports" in name:
             setattr(_custom_ops, name, lambda *args: False)
+    # The interpreter does not take vLLM's kernel.
+    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+
+
+def pretend_platform() -> Any:
+    from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.platforms.cuda import NonNvmlCudaPlatform
+    from vllm.platforms.interface import DeviceCapability
+
+    answers = {
+        "get_device_capability": DeviceCapability(9, 0),
+        "get_device_name": "pretend",
+        "get_device_total_memory": MEMORY,
+        "get_current_memory_usage": 0.0,
+        "device_count": 1,
+        "is_integrated_gpu": False,
+        "num_compute_units": 4,
+        "manual_seed_all": None,
+        "get_default_ir_op_priority": IrOpPriorityConfig.with_default(["native"]),
+        "opaque_attention_op": False,
+    }
+    methods = {
+        name: classmethod(lambda cls, *args, answer=answer, **kwargs: answer)
+        for name, answer in answers.items()
+    }
+    return type("PretendPlatform", (NonNvmlCudaPlatform,), {**methods, "dist_backend": "gloo"})()
 
 
 def flash_attention_3(*args: Any) -> tuple[Any, ...]:
     """Causal attention of one sequence, whose mask ends at the last key; as vLLM calls it."""
-    query, key, value, cu_query, cu_key, most_queries, most_keys = (
-        args[i] for i in (0, 1, 2, 7, 8, 12, 13)
-    )
+    query, key, value, query_ends, key_ends = (args[i] for i in (0, 1, 2, 7, 8))
+    assert query_ends.tolist() == [0, args[12]] and key_ends.tolist() == [0, args[13]]
     scale, causal = args[23:25]
-    assert causal and cu_query.tolist() == [0, most_queries] and cu_key.tolist() == [0, most_keys]
+    assert causal is True
     groups = query.shape[1] // key.shape[1]
     output, lse = prefill.sdpa(query.unflatten(1, (-1, groups)), key, value, scale)
     return output.flatten(1, 2), lse.flatten(1).T.contiguous(), None, None
 
 
+def differs(attend: prefill.Attend) -> float:
+    """By how much from PyTorch's attention, for a chunk of a prompt."""
+    shapes, generator = ((5, 2, 3, 64), (40, 2, 64), (40, 2, 64)), torch.Generator().manual_seed(0)
+    inputs = [torch.randn(s, generator=generator).bfloat16().to(DEVICE) for s in shapes]
+    both = zip(attend(*inputs, 0.1), prefill.sdpa(*inputs, 0.1), strict=True)
+    return max(float((x.float() - y.float()).abs().max()) for x, y in both)
+
+
 def load_on_cpu_then_move() -> None:
+    from vllm.v1.worker import gpu_worker
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     load = GPUModelRunner.load_model
@@ -154,42 +195,11 @@ def load_on_cpu_then_move() -> None:
                         tensors[name] = tensor.detach().to(DEVICE)
 
     GPUModelRunner.load_model = load_model
-
-
-def main(model: str) -> None:
-    pretend_device.DEVICE = DEVICE
-    vllm.platforms._current_platform = PretendPlatform()
-    with pretend_device.pretend_device() as mode:
-        pretend_driver(mode)
-        no_compiled_operations()
-        torch.ops._vllm_fa3_C = SimpleNamespace(fwd=flash_attention_3)
-        load_on_cpu_then_move()
-        from vllm import LLM, SamplingParams
-
-        llm = LLM(
-            model,
-            attention_backend="fastgen",
-            dtype="float32",
-            max_model_len=512,
-            max_num_batched_tokens=256,
-            max_num_seqs=4,
-            compilation_config={"mode": 0, "custom_ops": ["none"]},
-            additional_config={"fastgen": {"min_prompt_tokens": 32, "debug": True}},
-        )
-        prompts = [{"prompt_token_ids": list(range(20, 20 + n))} for n in (90, 33, 300)]
-        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        figures = {
-            "tokens": [list(o.outputs[0].token_ids) for o in outputs],
-            "kept": [o.kv_transfer_params["fastgen"]["kv_kept_ratio"] for o in outputs],
-            "worker": [c.__name__ for c in type(worker).__mro__],
-            "kernels": worker.runtime.kernels.NAME,
-            "on_device": isinstance(worker.runtime.pool.kv, OnDevice),
-            "report_lag": worker.runtime.report_lag,
-            "peak": mode.peak,
-        }
-    print(json.dumps(figures))
+    # Warming up asks for random generators of the device, and for the kernels of every model.
+    GPUModelRunner._dummy_sampler_run = lambda self, hidden_states: None
+    gpu_worker.kernel_warmup = lambda worker: None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run = generate if "cpu" in sys.argv else on_pretend_gpu
+    print(json.dumps(run(sys.argv[1])))
