@@ -23,7 +23,8 @@ refuse() {
   exit 2
 }
 
-TEXT_ONLY=("${CPU_LEAVES_OUT[@]}" opencv-python-headless pynvvideocodec
+# Not torchvision: vLLM's warm-up on GPUs imports it whatever the model.
+TEXT_ONLY=(torchaudio torchcodec opencv-python-headless pynvvideocodec
   humming-kernels tilelang z3-solver tokenspeed-mla tokenspeed-triton instanttensor)
 device=$(detect_device) part_size=64 model=$MODEL_DIR without=() out=
 while [ $# -gt 0 ]; do

@@ -70,6 +70,7 @@ def test_config_unpickles_before_plugins_load() -> None:
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "--enable-dbo"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "--speculative-config",

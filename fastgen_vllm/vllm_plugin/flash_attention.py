@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -16,21 +16,21 @@ def _problem(dtype: torch.dtype) -> str:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it has no kernels for {dtype}"
     try:
-        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
         from vllm.vllm_flash_attn import flash_attn_varlen_func  # noqa: F401
+
+        version = _version(128)
     except ImportError as error:
         return f"not importable ({error})"
-    return "" if get_flash_attn_version() else "this GPU is not supported"
+    return "" if version else "this GPU is not supported"
 
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``prefill.Attend``. Its causal mask ends at the last key, as a chunk needs."""
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    c, heads, groups, _ = query.shape
+    c, heads, groups, head_size = query.shape
     m, device = key.shape[0], query.device
     output, lse = flash_attn_varlen_func(
         query.flatten(1, 2),
@@ -43,10 +43,17 @@ def attend(
         softmax_scale=scale,
         causal=True,
         return_softmax_lse=True,
-        fa_version=get_flash_attn_version(),
+        fa_version=_version(head_size),
     )
     shape = (heads, groups)
     return output.unflatten(1, shape), lse.T.unflatten(1, shape).float()
+
+
+@cache
+def _version(head_size: int) -> int | None:
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    return get_flash_attn_version(head_size=head_size, head_size_v=head_size)
 
 
 @lru_cache(maxsize=64)

@@ -117,6 +117,7 @@ def _unsupported(vllm_config: Any) -> list[str]:
             vllm_config.kv_transfer_config is not None,
             "KV connectors; leave --kv-transfer-config and KV offloading out",
         ),
+        (parallel.use_ubatching, "batches in halves; leave --enable-dbo and --ubatch-size out"),
         (
             scheduler.scheduler_cls not in (None, SCHEDULER, ASYNC_SCHEDULER),
             f"another scheduler; --scheduler-cls {scheduler.scheduler_cls}, leave it out",

@@ -144,7 +144,8 @@ def attention_mass(
         D=head_size,
         D_PAD=max(16, triton.next_power_of_2(head_size)),
         BLOCK_SIZE=pages.shape[1],
-        BUCKETS_PAD=triton.next_power_of_2(mass.shape[3]),
+        # One compilation for prompts of any length.
+        BUCKETS_PAD=max(16, triton.next_power_of_2(mass.shape[3])),
         KEYS=keys,
         QUERIES=64 if head_size <= 128 else 32,
         INTERPRETED=INTERPRETED,

@@ -135,7 +135,7 @@ def merge_kernel(
     G_PAD: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -148,13 +148,20 @@ def merge_kernel(
         return
     used = (length + split_slots - 1) // split_slots
     group, lane = tl.arange(0, G_PAD), tl.arange(0, D_PAD)
-    every = tl.arange(0, SPLITS_PAD)
-    lse_mask = (every < used)[:, None] & (group < G)[None, :]
-    lse_at = partial_lse + (index * num_splits + every[:, None]) * G + group[None, :]
-    lse = tl.load(lse_at, mask=lse_mask, other=float("-inf"))
-    highest = tl.max(lse, 0)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    merged = highest + tl.log2(tl.maximum(tl.sum(tl.exp2(lse - highest[None, :]), 0), 1e-30))
+    highest = tl.full([G_PAD], float("-inf"), tl.float32)
+    against = tl.zeros([G_PAD], tl.float32)
+    total = tl.zeros([G_PAD], tl.float32)
+    for start in range(0, used, SPLITS):
+        some = start + tl.arange(0, SPLITS)
+        lse_at = partial_lse + (index * num_splits + some[:, None]) * G + group[None, :]
+        lse_mask = (some < used)[:, None] & (group < G)[None, :]
+        lse = tl.load(lse_at, mask=lse_mask, other=float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(lse, 0))
+        against = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        fade = tl.exp2(highest - against)
+        total = total * fade + tl.sum(tl.exp2(lse - against[None, :]), 0)
+        highest = new_highest
+    merged = against + tl.log2(tl.maximum(total, 1e-30))
     if split == 0:
         mask = (group < G)[:, None] & (lane < D)[None, :]
         acc = tl.zeros([G_PAD, D_PAD], tl.float32)
@@ -188,8 +195,6 @@ def split_size(programs: int, max_slots: int, tile: int, device: torch.device) -
     wanted = 4 * _num_multiprocessors(device)
     size = tile
     while size < 2048 and programs * (max_slots // (2 * size)) >= wanted:
-        size *= 2
-    while max_slots > 256 * size:  # what one program of the merge can look at
         size *= 2
     return size
 
@@ -302,7 +307,7 @@ def merge(p: FirstPass, scores: torch.Tensor, output: torch.Tensor) -> None:
         *output.stride()[:3],
         *p.strides,
         G_PAD=triton.next_power_of_2(p.query.shape[2]),
-        SPLITS_PAD=triton.next_power_of_2(p.partial.shape[2]),
+        SPLITS=16,
         **p.constants,
     )
 
