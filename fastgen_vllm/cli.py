@@ -44,10 +44,12 @@ def bench(
     from fastgen_vllm.tools import bench as tool
 
     extra = _settings(settings)
-    _config(extra)
+    method = _config(extra).method
     for value in recovery or ():
         _config({"recovery": value})
-    recoveries = tuple(recovery) if recovery else (1.0, None)
+    if recovery and method != "fastgen":
+        raise typer.BadParameter(f"--recovery: method {method!r} has a kv_budget; leave it out")
+    recoveries = tuple(recovery or ()) or ((1.0, None) if method == "fastgen" else (None,))
     _check_model(model)
     plan = tool.QUICK_PLAN if quick else tool.FULL_PLAN
     if rounds is not None:

@@ -18,6 +18,7 @@ from fastgen_vllm.tools.bench import Plan, Scenario, chart, markdown, run_bench
         (["--recovery", "1.5"], "recovery"),
         (["--settings", '{"laddr": 1}'], "unknown key"),
         (["--settings", "{"], "Expecting"),
+        (["--recovery", "1", "--settings", '{"method": "h2o", "kv_budget": 0.3}'], "'h2o'"),
         (["--rounds", "0"], "rounds"),
         (["--dtype", "fp8"], "bfloat16"),
     ],

@@ -6,13 +6,16 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from fastgen_vllm.basics import FastGenConfigError
 from fastgen_vllm.vllm_plugin import register
+from fastgen_vllm.vllm_plugin.block_manager import FastGenSpec
 from fastgen_vllm.vllm_plugin.settings import SCHEDULER, WORKERS
 
 
@@ -108,7 +111,6 @@ def test_refused_at_start_up(model: str, options: dict[str, Any], message: str) 
     ],
 )
 def test_layers_refused(layer: dict[str, Any], message: str) -> None:
-    import torch
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
     register()
@@ -118,6 +120,20 @@ def test_layers_refused(layer: dict[str, Any], message: str) -> None:
         current_platform.get_attn_backend_cls(
             selected_backend=AttentionBackendEnum["FASTGEN"], attn_selector_config=config
         )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dtype": torch.float8_e4m3fn}, "--kv-cache-dtype bfloat16"),
+        ({"head_size_v": 32}, "choose another --attention-backend"),
+        ({"sliding_window": 64}, "choose another --attention-backend"),
+    ],
+)
+def test_caches_refused(fields: dict[str, Any], message: str) -> None:
+    plain = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float16}
+    with pytest.raises(FastGenConfigError, match=message):
+        FastGenSpec.from_spec(FullAttentionSpec(**{**plain, **fields}))
 
 
 @pytest.mark.parametrize(

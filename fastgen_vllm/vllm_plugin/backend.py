@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from fastgen_vllm.basics import FastGenConfigError
 from fastgen_vllm.runtime import Runtime, Step
 from fastgen_vllm.vllm_plugin import BACKEND_NAME
-from fastgen_vllm.vllm_plugin.block_manager import FastGenSpec
+from fastgen_vllm.vllm_plugin.block_manager import KV_DTYPES, FastGenSpec
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class FastGenBackend(AttentionBackend):
     """Per-head block tables over one pool: vLLM's block-outermost layout."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(KV_DTYPES)
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
     forward_includes_kv_cache_update: bool = True
 

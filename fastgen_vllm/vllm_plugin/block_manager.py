@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from fastgen_vllm.basics import FastGenConfigError
+
+KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 REMEMBERED_STEPS = 8
 """More than a report can be late."""
@@ -107,8 +110,14 @@ class FastGenSpec(FullAttentionSpec):
     @classmethod
     def from_spec(cls, spec: AttentionSpec) -> FastGenSpec:
         """Raises:
-        FastGenConfigError: the layer's cache is not plain full attention.
+        FastGenConfigError: the layer's cache is not plain full attention, or quantised, which a
+            checkpoint can ask for.
         """
+        if spec.dtype not in KV_DTYPES:
+            raise FastGenConfigError(
+                f"the FASTGEN attention backend does not support a KV cache of {spec.dtype}; "
+                "pass --kv-cache-dtype bfloat16"
+            )
         plain = type(spec) is FullAttentionSpec and spec.head_size == spec.head_size_v
         if not plain or spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
             raise FastGenConfigError(
