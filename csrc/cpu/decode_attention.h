@@ -2,8 +2,8 @@
 // length, so each is cut into parts of about equal work; whoever finishes a head's last part
 // merges it, and adds the probabilities to the slots' scores from the raw scores it kept.
 
-// Slots of a step of the online softmax. K is fetched ahead during the dot products and V while the
-// values are added: with short steps the memory idles less during what lies between.
+// Slots of a step of the online softmax. What is fetched ahead is so during the dot products and while
+// the values are added: with short steps the memory idles less during what lies between.
 constexpr int kSlots = W == 16 ? 64 : 16;
 constexpr int kGroupMax = W == 16 ? 4 : 3;  // query heads of a register block
 
@@ -60,10 +60,13 @@ INLINE void prefetch_metadata(const DecodeAttention& a, const int32_t* pages, in
   }
 }
 
-// Pages lie anywhere, so the hardware does not see the next block coming. Its K is fetched into L2 while
-// the dot products run and its V while the values are added, which keeps misses in flight evenly.
+// Pages lie anywhere, so the hardware does not see the next block coming. It is fetched into L2 in the
+// order in which it lies in memory, K and V of slot after slot: the first half while the dot products
+// run, the second while the values are added, which keeps misses in flight evenly. `i` counts the
+// block's rows of K and V; n elements from d on are fetched.
 template <class T>
-INLINE void prefetch_row(const T* row, int64_t n) {
+INLINE void prefetch_row(const T** rows, int64_t i, int64_t D, int64_t d, int64_t n) {
+  const T* row = rows[i / 2] + i % 2 * D + d;
   for (int64_t byte = 0; byte < n * (int64_t)sizeof(T); byte += 64)
     __builtin_prefetch((const char*)row + byte, 0, 2);
 }
@@ -73,7 +76,7 @@ INLINE void dot_slots(const float* query, const T** rows, const T** next_rows, i
                       float* scores) {
   for (int64_t j = 0; j < n; j += 4) {
     if (next_rows)
-      for (int s = 0; s < 4; ++s) prefetch_row(next_rows[j + s], D);
+      for (int s = 0; s < 4; ++s) prefetch_row(next_rows, j + s, D, 0, D);
     vf acc[G][4] = {};
     for (int64_t lane = 0; lane < D / Lane::kPer; lane += W) {
       // 4 G sums, G queries and a key: with AVX2 and G = 3 just the 16 registers.
@@ -97,7 +100,7 @@ INLINE void add_values(const float* probs, const T** rows, const T** next_rows, 
   for (int g = 0; g < G; ++g)
     for (int v = 0; v < V; ++v) acc[g][v] = load(out + g * D + d + v * W) * shrink[g];
   for (int64_t j = 0; j < n; ++j) {
-    if (next_rows) prefetch_row(next_rows[j] + D + d, V * W);
+    if (next_rows) prefetch_row(next_rows, kSlots + j, D, d, V * W);
     vf p[G];
     for (int g = 0; g < G; ++g) p[g] = splat(probs[g * kSlots + j]);
     for (int v = 0; v < V; ++v) {
@@ -125,7 +128,7 @@ INLINE void add_values(const float* probs, const bf16** rows, const bf16** next_
     for (int v = 0; v < V; ++v) acc[g][v] = load(out + g * D + d + v * W) * shrink[g];
   for (int64_t j = 0; j < n; j += 2) {
     if (next_rows)
-      for (int s = 0; s < 2; ++s) prefetch_row(next_rows[j + s] + D + d, V * W);
+      for (int s = 0; s < 2; ++s) prefetch_row(next_rows, kSlots + j + s, D, d, V * W);
     vf value[V];
     for (int v = 0; v < V; v += 2) {
       __m512i first = _mm512_loadu_si512(rows[j] + D + d + v * W);
