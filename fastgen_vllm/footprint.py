@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastgen_vllm.basics import LOGITS_BYTES, MOST_AT_ONCE
+from fastgen_vllm.cache.head_tables import ENTRIES_PER_PAGE
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.policy import Ladder
 
 SLOT_BYTES = 8
 """Of a slot: its position and its score."""
 
-PAGE_BYTES = 32
-"""Of a page: entries of page tables, four for each page, twice while they are packed anew."""
+PAGE_BYTES = 4 * ENTRIES_PER_PAGE
+"""Of a page: entries of the page table."""
 
 KEY_BYTES = 32
 """Of a prompt's key in a KV head until the prompt is compressed, beside its attention mass: the
@@ -29,6 +30,7 @@ class Load:
     Attributes:
         slot_bytes: K and V of one token in one KV head.
         longest: tokens of the longest prompt.
+        partial: prompts that can be encoded in part at the same time.
         tokens_per_step: tokens of a batch.
         max_requests: requests of a batch.
     """
@@ -38,6 +40,7 @@ class Load:
     group_size: int
     slot_bytes: int
     longest: int
+    partial: int
     tokens_per_step: int
     max_requests: int
 
@@ -55,12 +58,12 @@ def for_each_kv_byte(config: FastGenConfig, load: Load) -> float:
 def for_prompts(config: FastGenConfig, load: Load) -> int:
     """Bytes of the profiles, from a prompt's first chunk until it is compressed.
 
-    In a step one prompt of any length can end and another begin, beside shorter ones.
+    Beside prompts that are under way a step can hold other prompts' first chunks, or short ones.
     """
     ladder = Ladder.from_hybrids(config.hybrids, config.profiling.least_window)
     groups = load.group_size if config.group_reduction == "min" else 1
     mass = 4 * groups * (len(ladder.windows(load.longest)) + 1)
-    tokens = 2 * load.longest + load.tokens_per_step
+    tokens = load.partial * load.longest + load.tokens_per_step
     one_layer = load.num_kv_heads * load.longest * groups
     together = min(max(MOST_AT_ONCE, one_layer), one_layer * load.num_layers)
     return load.keys * tokens * (mass + KEY_BYTES) + together * SCRATCH_BYTES

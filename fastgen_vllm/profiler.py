@@ -58,16 +58,23 @@ class PromptProfile:
         self.special, self.punctuation = special | sinks, punctuation
         self.bounds = to_device(torch.tensor(ladder.windows(num_tokens)), device)
         groups = group_size if config.group_reduction == "min" else 1
-        self.mass = torch.zeros(
-            (num_layers, num_kv_heads, groups, num_tokens, len(self.bounds) + 1),
-            dtype=torch.float32,
-            device=device,
-        )
-        self.value_norms = torch.ones(num_layers, num_kv_heads, num_tokens, device=device)
+        heads = (num_layers, num_kv_heads)
+        self.mass = torch.zeros((*heads, groups, 0, len(self.bounds) + 1), device=device)
+        self.value_norms = torch.ones((*heads, 0), device=device)
         self.runs, weights = query_runs(
             profiling.weighting, profiling.window, config.query_sampling, num_tokens
         )
         self.log_weights = to_device(weights.log(), device)
+
+    def make_room(self, num_keys: int) -> None:
+        """Room for a prompt's first chunk, and from the second on for all of it: in the step in
+        which one long prompt ends, the next one that begins takes little."""
+        held = self.mass.shape[3]
+        if num_keys <= held:
+            return
+        more = (self.num_tokens if held else num_keys) - held
+        self.mass = torch.nn.functional.pad(self.mass, (0, 0, 0, more))
+        self.value_norms = torch.nn.functional.pad(self.value_norms, (0, more), value=1.0)
 
     def add_chunk(
         self,
@@ -93,6 +100,7 @@ class PromptProfile:
             lse: float32 ``[c, H, G]``, log-sum-exp of each query's scaled scores.
         """
         start = num_keys - query.shape[0]
+        self.make_room(num_keys)
         if self.profiling.value_weighting:
             self.value_norms[layer, :, start:num_keys] = value.float().norm(dim=-1).T
         for run in self.runs:

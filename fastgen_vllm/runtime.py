@@ -136,6 +136,7 @@ class Runtime:
     Args:
         kv: the engine's storage, ``[num_blocks, L, H, block_size, 2 * head_size]``.
         group_size: query heads per KV head.
+        max_requests: most that decode at once; more are possible, but move the head tables.
         report_lag: steps that are under way when the scheduler reads a report: 0 where it waits
             for each, 1 with asynchronous scheduling.
     """
@@ -146,12 +147,13 @@ class Runtime:
         flags: TokenFlags,
         kv: torch.Tensor,
         group_size: int,
+        max_requests: int = 8,
         report_lag: int = 0,
     ) -> None:
         self.config, self.flags, self.group_size = config, flags, group_size
         self.report_lag = report_lag
         self.pool = PagePool.over(kv, kv.shape[1], kv.shape[2])
-        self.tables = HeadTables(self.pool)
+        self.tables = HeadTables(self.pool, max_requests)
         self.ladder = Ladder.from_hybrids(config.hybrids, config.profiling.least_window, kv.device)
         self.kernels = select(config.kernels, kv.device.type, kv.shape[-1] // 2, kv.dtype)
         if self.kernels is cpu:

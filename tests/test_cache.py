@@ -5,6 +5,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from fastgen_vllm.cache.head_tables import HeadTables
+from fastgen_vllm.cache.pages import PagePool
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.runtime import Runtime
 from fastgen_vllm.tokens import TokenFlags
@@ -188,3 +190,39 @@ def test_full_heads_keep_every_page() -> None:
     assert report.vacated == {"a": []} and report.free_pages == {"a": 0}
     assert torch.equal(kv, before)
     assert report.kept["a"].policy_heads == {"full": LAYERS * HEADS}
+
+
+def test_page_tables_lose_nothing_when_they_move() -> None:
+    """Requests come, grow and go in a page table and rows that are too small for them at first."""
+    pool = PagePool.over(torch.zeros(6, 1, 2, BLOCK, 4), 1, 2)
+    tables, generator = HeadTables(pool, num_rows=2), torch.Generator().manual_seed(0)
+    owned: dict[str, list[list[int]]] = {}
+    capacity, moves = len(tables.page_table), 0
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    for _ in range(400):
+        request = f"r{draw(9)}"
+        starts = {name: tables.table_start[tables.rows[name]].clone() for name in owned}
+        if request not in owned:
+            row = tables.add(request)
+            lengths = torch.tensor([[1 + draw(40), 1 + draw(40)]])
+            used = (-(-lengths // BLOCK))[0].tolist()
+            pages = torch.randint(1, 12, (1, 2, max(used)), generator=generator)
+            tables.set_pages(request, pages)
+            tables.lengths[row] = lengths.int()
+            tables.bounds[request], tables.blocks[request] = int(lengths.max()), []
+            owned[request] = [pages[0, h, : used[h]].tolist() for h in range(2)]
+        elif draw(3):
+            for _ in range(draw(40)):
+                tables.grow_bounds([request])
+        else:
+            tables.release(request)
+            del owned[request]
+        for name, pages_by_head in owned.items():
+            found = tables.pages_of(name)[0].tolist()
+            assert [[p for p in head if p] for head in found] == pages_by_head
+            if name in starts:
+                moves += not torch.equal(starts[name], tables.table_start[tables.rows[name]])
+    assert len(tables.page_table) > capacity and len(tables.num_free) > 2 and moves > 50

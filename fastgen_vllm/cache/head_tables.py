@@ -19,6 +19,9 @@ MOST_FREE_BLOCKS = 3
 granted before the scheduler has read of it; later, one granted on top of less than one that the
 scheduler counts and less than one that late reports hold back."""
 
+ENTRIES_PER_PAGE = 4
+"""Of the page table. Every head has as much room as its request's longest, and a quarter more."""
+
 MARGIN = 8
 """Pages that a head can grow by before its request's table is moved, at least."""
 
@@ -35,6 +38,9 @@ _ROW_TENSORS = (
 
 class HeadTables:
     """State of the requests that are past their prompt, one row each.
+
+    All of it stays where it is in memory, but when there are more requests than ``num_rows`` or
+    their heads differ in length beyond ``ENTRIES_PER_PAGE``.
 
     Attributes:
         page_table: int32 ``[A]``, each head's pages in slot order. A request's heads lie side by
@@ -58,7 +64,7 @@ class HeadTables:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.page_table = zeros(len(pool.kv))
+        self.page_table = zeros(ENTRIES_PER_PAGE * len(pool.kv))
         self.table_start = zeros(num_rows, layers, heads, dtype=torch.int64)
         self.lengths = zeros(num_rows, layers, heads)
         self.num_sticky = zeros(num_rows, layers, heads)
@@ -163,18 +169,20 @@ class HeadTables:
     def _repack(self, size: int) -> None:
         """Put the tables side by side. At least half of the page table is free then, and room for
         ``size`` entries."""
-        heads = self._heads.numel()
-        in_use = sum(heads * room for _, room in self._parts.values())
-        capacity = len(self.page_table)
-        while in_use + size > capacity or 2 * in_use > capacity:
-            capacity *= 2
-        packed, end = self.page_table.new_zeros(capacity), 0
-        for request_id, (start, room) in self._parts.items():
-            packed[end : end + heads * room] = self.page_table[start : start + heads * room]
-            self.table_start[self.rows[request_id]] += end - start
-            self._parts[request_id] = end, room
+        heads, end = self._heads.numel(), 0
+        for request_id, (start, room) in sorted(self._parts.items(), key=lambda part: part[1]):
+            if start > end:
+                own = self._table_of(request_id).clone()  # it may overlap its new place
+                self._parts[request_id] = end, room
+                self._table_of(request_id).copy_(own)
+                self.table_start[self.rows[request_id]] += end - start
             end += heads * room
-        self.page_table, self._end = packed, end
+        self._end, capacity = end, len(self.page_table)
+        while end + size > capacity or 2 * end > capacity:
+            capacity *= 2
+        more = capacity - len(self.page_table)
+        if more:
+            self.page_table = torch.nn.functional.pad(self.page_table, (0, more))
 
     def audit(self) -> None:
         """Check that owned pages are each owned once and are exactly the owned blocks' pages.

@@ -59,6 +59,8 @@ class FastGenWorkerMixin(WorkerBase):
         vllm_config = self.vllm_config
         scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
         specs = list(self.model_runner.get_kv_cache_spec().values())
+        threshold = scheduler.long_prefill_token_threshold
+        partial = -(-scheduler.max_num_batched_tokens // threshold) if threshold else 1
         num_heads = model.get_num_attention_heads(vllm_config.parallel_config)
         return footprint.Load(
             len(specs),
@@ -66,6 +68,7 @@ class FastGenWorkerMixin(WorkerBase):
             num_heads // specs[0].num_kv_heads,
             2 * specs[0].head_size * specs[0].dtype.itemsize,
             model.max_model_len,
+            partial,
             scheduler.max_num_batched_tokens,
             scheduler.max_num_seqs,
         )
@@ -85,12 +88,14 @@ class FastGenWorkerMixin(WorkerBase):
         )
         if kv.device.type == "cuda":
             flash_attention.prefer()
+        scheduler = self.vllm_config.scheduler_config
         self.runtime = Runtime(
             config,
             flags.to(kv.device),
             kv,
             layers[0].num_heads // layers[0].num_kv_heads,
-            report_lag=int(bool(self.vllm_config.scheduler_config.async_scheduling)),
+            scheduler.max_num_seqs,
+            report_lag=int(bool(scheduler.async_scheduling)),
         )
         logger.info("FASTGEN: %s kernels on %s", self.runtime.kernels.NAME, kv.device.type)
         if kv.device.type == "cuda":
