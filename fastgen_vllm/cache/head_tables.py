@@ -8,6 +8,7 @@ import torch
 
 from fastgen_vllm.basics import to_device
 from fastgen_vllm.cache.pages import PagePool
+from fastgen_vllm.kernels.reference import pages_in_order
 
 
 class OutOfPagesError(RuntimeError):
@@ -141,10 +142,9 @@ class HeadTables:
 
     def pages_of(self, request_id: str) -> torch.Tensor:
         """The pages that each head uses: int64 ``[L, H, P]``, padded with page 0."""
-        used = -(-self.lengths[self.rows[request_id]] // self.pool.block_size)
-        table = self._table_of(request_id).view(*used.shape, -1).long()
-        index = torch.arange(table.shape[-1], device=table.device)
-        return torch.where(index < used[..., None], table, 0)
+        row, (_, room) = self.rows[request_id], self._parts[request_id]
+        starts, lengths = self.table_start[row], self.lengths[row]
+        return pages_in_order(self.page_table, starts, lengths, self.pool.block_size, room)
 
     def _table_of(self, request_id: str) -> torch.Tensor:
         """``[L * H, room]``, a view."""
@@ -193,9 +193,7 @@ class HeadTables:
         owner: dict[int, str] = {}
         for request_id, row in self.rows.items():
             own = self.pages_of(request_id)
-            used = -(-self.lengths[row] // self.pool.block_size)
-            index = torch.arange(own.shape[-1], device=used.device)
-            pages = own[index < used[..., None]].tolist()
+            pages = own[own > 0].tolist()
             pages += self.free_pages[row, : int(self.num_free[row])].tolist()
             owned = torch.tensor(self.blocks[request_id], dtype=torch.int64)
             expected = self.pool.pages_of(owned).flatten().tolist()
