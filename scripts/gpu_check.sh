@@ -16,5 +16,5 @@ if [ ! "$library" -nt csrc/cuda/decode_attention.cu ]; then
     echo "gpu_check: no nvcc, so the CUDA C++ kernel is not checked" >&2
   fi
 fi
-export PYTHONPATH=$PWD
-exec "$python" tests/gpu_check.py "$@"
+export PYTHONPATH=$PWD:$PWD/tests
+exec "$python" tests/programs/gpu_check.py "$@"

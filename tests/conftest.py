@@ -18,10 +18,13 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Triton kernels run on CPU tensors; Triton reads this when it is first imported.
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))
+# What tests start as programs find the helpers too.
+TESTS = str(Path(__file__).parent)
+sys.path.insert(0, TESTS)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
 
 import pytest  # noqa: E402
-from engine import MODEL, Engine  # noqa: E402
+from helpers.engine import MODEL, Engine  # noqa: E402
 
 
 @pytest.fixture(scope="session")

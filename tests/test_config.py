@@ -1,7 +1,8 @@
 import pytest
 
-from fastgen_vllm.basics import FastGenConfigError
-from fastgen_vllm.config import FastGenConfig, Hybrid, RequestOverride
+from fastgen_vllm.config import FastGenConfig, RequestOverride
+from fastgen_vllm.errors import FastGenConfigError
+from fastgen_vllm.policy.hybrids import Hybrid
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgen_vllm.basics import EMPTY, layers_at_once, to_device
 from fastgen_vllm.cache.head_tables import HeadTables
 from fastgen_vllm.cache.pages import PagePool
+from fastgen_vllm.tensors import EMPTY, layers_at_once, to_device
 
 if TYPE_CHECKING:
     from fastgen_vllm.kernels import Kernels

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastgen_vllm.cache.head_tables import HeadTables, OutOfPagesError
-from fastgen_vllm.policy import Ladder
+from fastgen_vllm.policy.choice import Ladder
 
 if TYPE_CHECKING:
     from fastgen_vllm.kernels import Kernels

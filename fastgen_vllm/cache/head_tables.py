@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from fastgen_vllm.basics import to_device
 from fastgen_vllm.cache.pages import PagePool
 from fastgen_vllm.kernels.reference import pages_in_order
+from fastgen_vllm.tensors import to_device
 
 
 class OutOfPagesError(RuntimeError):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgen_vllm.basics import EMPTY
+from fastgen_vllm.tensors import EMPTY
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastgen_vllm.basics import EMPTY, ceil_ratio
+from fastgen_vllm.tensors import EMPTY, ceil_ratio
 
 NAME = "plain PyTorch"
 

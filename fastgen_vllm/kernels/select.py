@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgen_vllm.basics import FastGenConfigError
+from fastgen_vllm.errors import FastGenConfigError
 
 if TYPE_CHECKING:
     from fastgen_vllm.config import KernelChoice

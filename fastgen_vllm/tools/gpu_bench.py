@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from fastgen_vllm.basics import RATIO_UNIT
 from fastgen_vllm.kernels import Kernels, triton
-from fastgen_vllm.queries import QueryRun, query_runs
+from fastgen_vllm.profiler.queries import QueryRun, query_runs
+from fastgen_vllm.tensors import RATIO_UNIT
 
 BLOCK = 16
 KEPT_RATIOS = (1.0, 0.5, 0.25)

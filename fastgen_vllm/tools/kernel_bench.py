@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fastgen_vllm.config import ADAPTIVE_LADDER
 from fastgen_vllm.kernels import cpu
-from fastgen_vllm.policy import Ladder
+from fastgen_vllm.policy.choice import Ladder
+from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from fastgen_vllm.config import FULL, FastGenConfig, RequestOverride
-from fastgen_vllm.policy import Choice, Ladder
-from fastgen_vllm.profiler import Goal, PromptProfile
-from fastgen_vllm.runtime import Prefill, Runtime, Step
-from fastgen_vllm.tokens import TokenFlags
+from fastgen_vllm.config import FastGenConfig, RequestOverride
+from fastgen_vllm.policy.choice import Choice, Ladder
+from fastgen_vllm.policy.hybrids import FULL
+from fastgen_vllm.policy.tokens import TokenFlags
+from fastgen_vllm.profiler.profile import Goal, PromptProfile
+from fastgen_vllm.runtime.runtime import Prefill, Runtime, Step
 
 _BASE = "base"
 

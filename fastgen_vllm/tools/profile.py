@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from fastgen_vllm.config import FastGenConfig
-from fastgen_vllm.policy import Choice
+from fastgen_vllm.policy.choice import Choice
 from fastgen_vllm.tools.lab import Lab, Variant
 
 COLOURS = {

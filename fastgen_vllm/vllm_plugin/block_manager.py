@@ -13,7 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
-from fastgen_vllm.basics import FastGenConfigError
+from fastgen_vllm.errors import FastGenConfigError
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

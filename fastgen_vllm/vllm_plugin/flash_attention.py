@@ -6,8 +6,8 @@ from functools import cache, lru_cache
 
 import torch
 
-from fastgen_vllm.basics import to_device
-from fastgen_vllm.kernels import prefill
+from fastgen_vllm.kernels import libraries
+from fastgen_vllm.tensors import to_device
 
 NAME = "vLLM's flash attention"
 
@@ -27,7 +27,7 @@ def _problem(dtype: torch.dtype) -> str:
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``prefill.Attend``. Its causal mask ends at the last key, as a chunk needs."""
+    """As ``libraries.Attend``. Its causal mask ends at the last key, as a chunk needs."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     c, heads, groups, head_size = query.shape
@@ -64,5 +64,5 @@ def _one_sequence(length: int, device: torch.device) -> torch.Tensor:
 
 def prefer() -> None:
     """Put it in front of the other libraries."""
-    if prefill.LIBRARIES[0][0] != NAME:
-        prefill.LIBRARIES.insert(0, (NAME, _problem, attend))
+    if libraries.LIBRARIES[0][0] != NAME:
+        libraries.LIBRARIES.insert(0, (NAME, _problem, attend))

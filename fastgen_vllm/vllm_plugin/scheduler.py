@@ -9,7 +9,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from fastgen_vllm.runtime import Kept, StepReport
+from fastgen_vllm.runtime.runtime import Kept, StepReport
 from fastgen_vllm.vllm_plugin.block_manager import FastGenBlockManager
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
 

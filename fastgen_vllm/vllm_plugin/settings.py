@@ -10,8 +10,8 @@ from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
-from fastgen_vllm.basics import FastGenConfigError
 from fastgen_vllm.config import FastGenConfig, RequestOverride
+from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.vllm_plugin import BACKEND_NAME, BACKEND_PATH
 
 # vLLM configures the loggers below its own name only.

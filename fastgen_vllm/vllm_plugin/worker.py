@@ -10,15 +10,15 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
-from fastgen_vllm import footprint
-from fastgen_vllm.basics import FastGenConfigError
 from fastgen_vllm.config import RequestOverride
-from fastgen_vllm.kernels import native, prefill, reference
-from fastgen_vllm.runtime import PendingReport, Runtime
-from fastgen_vllm.tokens import TokenFlags
+from fastgen_vllm.errors import FastGenConfigError
+from fastgen_vllm.kernels import libraries, native, reference
+from fastgen_vllm.policy.tokens import TokenFlags
+from fastgen_vllm.runtime import footprint
+from fastgen_vllm.runtime.runtime import PendingReport, Runtime
+from fastgen_vllm.runtime.warm_up import warm_up
 from fastgen_vllm.vllm_plugin import flash_attention
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
-from fastgen_vllm.warm_up import warm_up
 
 logger = init_logger("vllm.fastgen")
 
@@ -99,7 +99,7 @@ class FastGenWorkerMixin(WorkerBase):
         )
         logger.info("FASTGEN: %s kernels on %s", self.runtime.kernels.NAME, kv.device.type)
         if kv.device.type == "cuda":
-            logger.info("FASTGEN: prefill attention from %s", prefill.choose(kv.dtype)[0])
+            logger.info("FASTGEN: prefill attention from %s", libraries.choose(kv.dtype)[0])
         unserved = native(kv.device.type)
         if unserved and config.kernels == "auto" and self.runtime.kernels is reference:
             problem = unserved.problem(kv.shape[-1] // 2, kv.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fastgen_vllm.kernels.prefill import prefill_attention
+from fastgen_vllm.kernels.libraries import prefill_attention
 from fastgen_vllm.kernels.triton.attention_mass import attention_mass
 from fastgen_vllm.kernels.triton.decode_attention import decode_attention
 from fastgen_vllm.kernels.triton.pack_slots import move_pages, pack_slots

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgen_vllm.basics import LOGITS_BYTES
 from fastgen_vllm.kernels.triton.common import INTERPRETED, LOG2_E, product
+from fastgen_vllm.tensors import LOGITS_BYTES
 
 _CHANGING = ["num_splits", "max_slots"]
 """Arguments that grow with the heads: no new compilation for their divisors."""

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgen_vllm.basics import EMPTY, RATIO_UNIT
+from fastgen_vllm.tensors import EMPTY, RATIO_UNIT
 
 _INT_MAX = torch.iinfo(torch.int32).max
 

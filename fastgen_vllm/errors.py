@@ -1,0 +1,5 @@
+"""Errors that users meet."""
+
+
+class FastGenConfigError(ValueError):
+    """A setting is unknown, of the wrong type or out of range."""

@@ -1,0 +1,76 @@
+"""Memory that FastGen takes beside the KV cache, so that the engine can leave it free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastgen_vllm.cache.head_tables import ENTRIES_PER_PAGE
+from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.policy.choice import Ladder
+from fastgen_vllm.tensors import LOGITS_BYTES, MOST_AT_ONCE
+
+SLOT_BYTES = 8
+"""Of a slot: its position and its score."""
+
+PAGE_BYTES = 4 * ENTRIES_PER_PAGE
+"""Of a page: entries of the page table."""
+
+KEY_BYTES = 32
+"""Of a prompt's key in a KV head until the prompt is compressed, beside its attention mass: the
+norm of its value, its score and rank, whether it is kept, where it goes."""
+
+SCRATCH_BYTES = 128
+"""Of a key that is looked at while a prompt's policies are chosen or its metadata written."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the engine can be asked for at once, in its model's figures.
+
+    Attributes:
+        slot_bytes: K and V of one token in one KV head.
+        longest: tokens of the longest prompt.
+        partial: prompts that can be encoded in part at the same time.
+        tokens_per_step: tokens of a batch.
+        max_requests: requests of a batch.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    group_size: int
+    slot_bytes: int
+    longest: int
+    partial: int
+    tokens_per_step: int
+    max_requests: int
+
+    @property
+    def keys(self) -> int:
+        """Of one prompt token."""
+        return self.num_layers * self.num_kv_heads
+
+
+def for_each_kv_byte(config: FastGenConfig, load: Load) -> float:
+    """Bytes of metadata and tables for each byte of the KV cache."""
+    return (SLOT_BYTES + PAGE_BYTES / config.block_size) / load.slot_bytes
+
+
+def for_prompts(config: FastGenConfig, load: Load) -> int:
+    """Bytes of the profiles, from a prompt's first chunk until it is compressed.
+
+    Beside prompts that are under way a step can hold other prompts' first chunks, or short ones.
+    """
+    ladder = Ladder.from_hybrids(config.hybrids, config.profiling.least_window)
+    groups = load.group_size if config.group_reduction == "min" else 1
+    mass = 4 * groups * (len(ladder.windows(load.longest)) + 1)
+    tokens = load.partial * load.longest + load.tokens_per_step
+    one_layer = load.num_kv_heads * load.longest * groups
+    together = min(max(MOST_AT_ONCE, one_layer), one_layer * load.num_layers)
+    return load.keys * tokens * (mass + KEY_BYTES) + together * SCRATCH_BYTES
+
+
+def for_attention(load: Load) -> int:
+    """Bytes of one layer's attention: a prompt's K and V in order, logits of decoding requests."""
+    heads = load.num_kv_heads * load.group_size
+    logits = min(LOGITS_BYTES, 4 * heads * load.longest * load.max_requests)
+    return load.num_kv_heads * load.longest * load.slot_bytes + logits

@@ -1,0 +1,66 @@
+"""The native kernels under the address and undefined-behaviour sanitizers, and without a build."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.paths import ROOT
+
+from fastgen_vllm.errors import FastGenConfigError
+from fastgen_vllm.kernels import cpu, reference, select
+
+
+def test_under_sanitizers(tmp_path: Path) -> None:
+    """A copy of the package, built with the sanitizers, passes the kernel tests."""
+    copy = tmp_path / "copy"
+    for name in ("csrc", "fastgen_vllm", "tests"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1"
+    environment = {**os.environ, "CFLAGS": sanitize, "LDFLAGS": sanitize}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=copy, env=environment, check=True, timeout=500)
+    library = subprocess.run(
+        ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": library,
+        # Python and torch never free all; an odr-violation check would look into torch's own.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
+        "PYTHONPATH": f"{copy}{os.pathsep}{copy / 'tests'}",
+    }
+    where = [sys.executable, "-c", "from fastgen_vllm.kernels import cpu; print(cpu.__file__)"]
+    used = subprocess.run(where, cwd=copy, env=environment, capture_output=True, text=True)
+    assert used.stdout.startswith(str(copy)), used.stdout + used.stderr
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*tests, "tests/kernels/test_kernels.py", "-k", "not reference and not triton"],
+        cwd=copy,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    assert " passed" in run.stdout
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` runs the reference, ``native`` says what is missing and the way out."""
+    monkeypatch.setattr(cpu, "_load", lambda: "the extension was not built")
+    select.cache_clear()
+    try:
+        assert select("auto", "cpu", 64, torch.float32) is reference
+        with pytest.raises(FastGenConfigError, match=r"not built.*'auto'"):
+            select("native", "cpu", 64, torch.float32)
+    finally:
+        select.cache_clear()

@@ -1,0 +1,162 @@
+"""The GPU kernels on the device: every case of the suite on fresh random inputs, then how fast they
+are. ``scripts/gpu_check.sh`` runs it; it needs torch and triton alone."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from helpers import kernel_cases as cases
+from helpers.paths import ROOT
+
+from fastgen_vllm.kernels import Kernels, cuda, triton
+from fastgen_vllm.tools import gpu_bench
+
+Case = Callable[..., None]
+"""Takes a ``seed``."""
+
+CUDA_CASES = [(d, b, g) for d in cuda.HEAD_SIZES for b in (8, 16, 32) for g in range(1, 9)]
+
+
+def triton_cases(small: bool) -> Iterator[tuple[str, Case]]:
+    dtypes, groups = cases.DTYPES, cases.GROUPS
+    prompts = cases.PROMPTS[:2] if small else [*cases.PROMPTS, (300, 1100)]
+    lengths = cases.DECODE_LENGTHS[:2] if small else cases.DECODE_LENGTHS
+    for dtype in dtypes[:1] if small else dtypes:
+        for group in groups[:2] if small else groups:
+            for c, m in prompts:
+                case = partial(cases.prefill_and_mass, triton, group, c, m, dtype)
+                yield f"prefill and mass, {c} of {m}, group {group}, {dtype}", case
+            case = partial(cases.decode, triton, lengths, group, 64, 16, dtype)
+            yield f"decode, group {group}, {dtype}", case
+        for head_size in (80,) if small else (32, 80, 96, 128, 256):
+            for block in (8, 32):
+                case = partial(cases.head_and_block_size, triton, head_size, block, dtype)
+                yield f"head size {head_size}, block size {block}, {dtype}", case
+    for block in (8,) if small else (8, 16, 32):
+        for mean in (False, True):
+            case = partial(cases.plan_decode, triton, block, mean)
+            yield f"bookkeeping, block size {block}, mean {mean}", case
+    yield "bookkeeping, short of pages", partial(cases.plan_decode_short_of_pages, triton)
+    yield "page moves", partial(cases.move_pages, triton)
+    for n in (1, 16, 17, 100):
+        yield f"compaction, {n} tokens", partial(cases.pack_slots, triton, n)
+
+
+def cuda_cases() -> Iterator[tuple[str, Case]]:
+    for dtype in cuda.DTYPES:
+        for head_size, block, group in CUDA_CASES:
+            lengths = cases.DECODE_LENGTHS
+            case = partial(cases.decode, cuda, lengths, group, head_size, block, dtype)
+            yield f"CUDA C++ decode, group {group}, head {head_size}, block {block}, {dtype}", case
+
+
+def check(device: str, every: Iterable[tuple[str, Case]], seed: int) -> tuple[int, list[str]]:
+    """Cases that passed, and what was wrong with the others."""
+    passed, failed = 0, []
+    for name, case in every:
+        try:
+            with torch.device(device):
+                case(seed=seed)
+            passed += 1
+        except Exception as error:
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            print(f"FAILED {failed[-1]}", flush=True)
+    return passed, failed
+
+
+def sanitize(seed: int) -> str:
+    """What compute-sanitizer says of the CUDA kernel."""
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if tool is None:
+        return "not run: compute-sanitizer is not installed"
+    command = [tool, "--error-exitcode", "9", sys.executable, __file__]
+    try:
+        done = subprocess.run(
+            [*command, "--only-cuda", "--seed", str(seed)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    except subprocess.TimeoutExpired:
+        return "not finished in 120 s"
+    if done.returncode == 0:
+        return "no errors"
+    return f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, default=ROOT / "out/gpu_check.json")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--minutes", type=float, default=7.0, help="benchmarks start before then")
+    parser.add_argument("--only-cuda", action="store_true", help="the CUDA C++ cases, and no more")
+    parser.add_argument(
+        "--interpreted",
+        action="store_true",
+        help="tiny shapes on the CPU under TRITON_INTERPRET=1, to try this program",
+    )
+    options = parser.parse_args()
+    started, seed = time.monotonic(), options.seed
+    device = "cpu" if options.interpreted else "cuda"
+    if options.interpreted:
+        assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
+        name = "none, interpreted"
+    elif not torch.cuda.is_available():
+        print(f"gpu_check: torch {torch.__version__} sees no GPU here", file=sys.stderr)
+        return 2
+    else:
+        name = torch.cuda.get_device_name()
+    if options.only_cuda:
+        chosen = random.Random(seed).sample(list(cuda_cases()), 12)
+        return bool(check(device, chosen, seed)[1])
+    print(f"Device: {name}, torch {torch.__version__}, seed {seed}")
+    kernels: dict[str, Kernels] = {"Triton": triton}
+    problem = cuda.problem(128, torch.bfloat16) if device == "cuda" else "no device"
+    passed, failed = check(device, triton_cases(options.interpreted), seed)
+    print(f"Triton: {passed} cases passed, {len(failed)} failed")
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "torch": torch.__version__,
+        "seed": seed,
+        "triton": {"passed": passed, "failed": failed},
+        "cuda": problem,
+        "sanitizer": problem,
+    }
+    if problem:
+        print(f"CUDA C++: not checked: {problem}")
+    else:
+        passed, cuda_failed = check(device, cuda_cases(), seed)
+        print(f"CUDA C++: {passed} cases passed, {len(cuda_failed)} failed")
+        failed = failed + cuda_failed
+        report["cuda"] = {"passed": passed, "failed": cuda_failed}
+        report["sanitizer"] = sanitize(seed)
+        print(f"compute-sanitizer: {report['sanitizer']}")
+        if not cuda_failed:
+            kernels["CUDA C++"] = cuda
+    with torch.device(device):
+        deadline = started + 60 * options.minutes
+        report["benchmarks"] = gpu_bench.run(device, kernels, deadline, options.interpreted)
+    report["seconds"] = time.monotonic() - started
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1))
+    print(f"\n{report['seconds']:.0f} s, written to {options.json}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

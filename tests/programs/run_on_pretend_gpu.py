@@ -1,0 +1,205 @@
+"""A program: a small engine with FastGen on vLLM's CUDA platform, worker and V1 runner, with the
+pretend device for a GPU; or, given ``cpu``, on vLLM's CPU worker. Prints a line of JSON.
+
+What is vLLM's runs as on a GPU but for three things: the model's own operations are PyTorch's, its
+weights are loaded on the CPU and then moved, and streams and events do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from helpers import pretend_device
+
+from fastgen_vllm.kernels import libraries
+
+MEMORY = 1 << 30
+DEVICE = torch.device("cuda", 0)
+
+
+def generate(model: str) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model,
+        attention_backend="fastgen",
+        dtype="float32",
+        max_model_len=512,
+        max_num_batched_tokens=256,
+        max_num_seqs=4,
+        compilation_config={"mode": 0, "custom_ops": ["none"]},
+        additional_config={"fastgen": {"min_prompt_tokens": 32, "debug": True}},
+        **({"kv_cache_memory_bytes": MEMORY // 2} if "cpu" in sys.argv else {}),
+    )
+    prompts = [{"prompt_token_ids": [i * i % 40_009 for i in range(n)]} for n in (90, 33, 300)]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=18))
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "kept": [output.kv_transfer_params["fastgen"]["kv_kept_ratio"] for output in outputs],
+        "worker": type(worker).__name__,
+        "kernels": worker.runtime.kernels.NAME,
+        "report_lag": worker.runtime.report_lag,
+    }
+
+
+def on_pretend_gpu(model: str) -> dict[str, Any]:
+    pretend_device.DEVICE = DEVICE
+    with pretend_device.pretend_device() as mode:
+        pretend_driver(mode)
+        pretend_cuda_build()
+        load_on_cpu_then_move()
+        figures = generate(model)
+        library, attend = libraries.choose(torch.bfloat16)
+        return {
+            **figures,
+            "prefill": library,
+            "prefill_differs": differs(attend),
+            "memory": mode.peak / MEMORY,
+            "has_cpu_worker": "vllm.v1.worker.cpu_worker" in sys.modules,
+        }
+
+
+class Nothing:
+    """A stream or an event: whatever is asked of it has happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        pass
+
+    synchronize = wait_stream = wait = record
+
+
+def no_grad(mode: Any = True) -> Any:
+    """Instead of inference mode, in which wrapped tensors have no views."""
+    if callable(mode):
+        return torch.no_grad(mode)
+    return torch.no_grad() if mode else contextlib.nullcontext()
+
+
+def pretend_driver(mode: pretend_device.PretendDevice) -> None:
+    torch.inference_mode = no_grad
+    torch.Event = torch.cuda.Event = torch.cuda.Stream = Nothing
+    torch.cuda.current_stream = Nothing
+    torch.cuda.set_stream = lambda stream: None
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.get_device_properties = lambda *args: SimpleNamespace(multi_processor_count=4)
+    torch.cuda.memory.get_allocator_backend = lambda: "pretend"
+    figures = {
+        "synchronize": None,
+        "empty_cache": None,
+        "empty_host_cache": None,
+        "reset_peak_memory_stats": None,
+        "set_device_index": None,
+        "device_count": 1,
+        "current_device_index": 0,
+    }
+    for name, figure in figures.items():
+        setattr(torch.accelerator, name, lambda *args, figure=figure: figure)
+    for name in ("memory_reserved", "memory_allocated", "max_memory_allocated"):
+        setattr(torch.accelerator, name, lambda *args: mode.in_use)
+    torch.accelerator.get_memory_info = lambda *args: (MEMORY - mode.in_use, MEMORY)
+    torch.accelerator.memory_stats = lambda *args: {
+        "allocated_bytes.all.peak": mode.peak,
+        "allocated_bytes.all.current": mode.in_use,
+    }
+
+
+def pretend_cuda_build() -> None:
+    """This vLLM is the CPU's build: it has no CUDA operations, and would switch Triton off."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Triton is not asked for its driver
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    for name in ("_C_stable_libtorch", "vllm_flash_attn._vllm_fa3_C"):
+        sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
+    torch.ops._vllm_fa3_C = SimpleNamespace(fwd=flash_attention_3)
+    torch.ops._C.silu_and_mul = None
+
+    from vllm import platforms
+
+    platforms.vllm_version_matches_substr = lambda substring: False
+    platforms._current_platform = pretend_platform()
+    from vllm import _custom_ops
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    for name in dir(_custom_ops):
+        if name.startswith("cutlass") and "supports" in name:
+            setattr(_custom_ops, name, lambda *args: False)
+    # The interpreter does not take vLLM's kernel.
+    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+
+
+def pretend_platform() -> Any:
+    from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.platforms.cuda import NonNvmlCudaPlatform
+    from vllm.platforms.interface import DeviceCapability
+
+    answers = {
+        "get_device_capability": DeviceCapability(9, 0),
+        "get_device_name": "pretend",
+        "get_device_total_memory": MEMORY,
+        "get_current_memory_usage": 0.0,
+        "device_count": 1,
+        "is_integrated_gpu": False,
+        "num_compute_units": 4,
+        "manual_seed_all": None,
+        "get_default_ir_op_priority": IrOpPriorityConfig.with_default(["native"]),
+        "opaque_attention_op": False,
+    }
+    methods = {
+        name: classmethod(lambda cls, *args, answer=answer, **kwargs: answer)
+        for name, answer in answers.items()
+    }
+    return type("PretendPlatform", (NonNvmlCudaPlatform,), {**methods, "dist_backend": "gloo"})()
+
+
+def flash_attention_3(*args: Any) -> tuple[Any, ...]:
+    """Causal attention of one sequence, whose mask ends at the last key; as vLLM calls it."""
+    query, key, value, query_ends, key_ends = (args[i] for i in (0, 1, 2, 7, 8))
+    assert query_ends.tolist() == [0, args[12]] and key_ends.tolist() == [0, args[13]]
+    scale, causal = args[23:25]
+    assert causal is True
+    groups = query.shape[1] // key.shape[1]
+    output, lse = libraries.sdpa(query.unflatten(1, (-1, groups)), key, value, scale)
+    return output.flatten(1, 2), lse.flatten(1).T.contiguous(), None, None
+
+
+def differs(attend: libraries.Attend) -> float:
+    """By how much from PyTorch's attention, for a chunk of a prompt."""
+    shapes, generator = ((5, 2, 3, 64), (40, 2, 64), (40, 2, 64)), torch.Generator().manual_seed(0)
+    inputs = [torch.randn(s, generator=generator).bfloat16().to(DEVICE) for s in shapes]
+    both = zip(attend(*inputs, 0.1), libraries.sdpa(*inputs, 0.1), strict=True)
+    return max(float((x.float() - y.float()).abs().max()) for x, y in both)
+
+
+def load_on_cpu_then_move() -> None:
+    from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    load = GPUModelRunner.load_model
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.load_config.device = "cpu"
+        load(self, *args, **kwargs)
+        for module in self.model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = tensor.detach().to(DEVICE)
+
+    GPUModelRunner.load_model = load_model
+    # Warming up asks for random generators of the device, and for the kernels of every model.
+    GPUModelRunner._dummy_sampler_run = lambda self, hidden_states: None
+    gpu_worker.kernel_warmup = lambda worker: None
+
+
+if __name__ == "__main__":
+    run = generate if "cpu" in sys.argv else on_pretend_gpu
+    print(json.dumps(run(sys.argv[1])))

@@ -1,0 +1,96 @@
+"""The memory that is left free for FastGen is what it takes, measured on the pretend device."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.pretend_device import DEVICE, pretend_device
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from fastgen_vllm import tensors
+from fastgen_vllm.config import FastGenConfig, RequestOverride
+from fastgen_vllm.errors import FastGenConfigError
+from fastgen_vllm.kernels import reference
+from fastgen_vllm.policy.tokens import TokenFlags
+from fastgen_vllm.runtime import footprint
+from fastgen_vllm.runtime.runtime import Runtime
+from fastgen_vllm.vllm_plugin.worker import FastGenWorkerMixin
+
+LAYERS, HEADS, GROUP, SIZE, BLOCK, TOKENS, CHUNK = 6, 2, 4, 16, 16, 3000, 500
+BLOCKS = 2 * TOKENS // BLOCK + 3
+
+
+@pytest.mark.parametrize("at_once", [1 << 21, 2 * HEADS * TOKENS])
+@pytest.mark.parametrize("reduction", ["mean", "min"])
+def test_prompts(reduction: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt ends while another, as long, has begun."""
+    for module in (tensors, footprint):
+        monkeypatch.setattr(module, "MOST_AT_ONCE", at_once)
+    config = FastGenConfig(group_reduction=reduction)
+    load = footprint.Load(LAYERS, HEADS, GROUP, 8 * SIZE, TOKENS, 1, CHUNK, 1)
+    names = ["ending", "beginning"]
+    with pretend_device() as mode:
+        flags = TokenFlags(torch.arange(9) < 1, torch.arange(9) < 2).to(DEVICE)
+        kv = torch.zeros(BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE, device=DEVICE)
+        kv_bytes = mode.in_use
+        runtime = Runtime(config, flags, kv, GROUP)
+        runtime.kernels = reference
+        for name, chunks in zip(names, ((CHUNK, TOKENS), (CHUNK,)), strict=True):
+            runtime.begin_prefill(name, [1] * TOKENS, RequestOverride())
+            profile = runtime.prefills[name].profile
+            assert profile is not None
+            for num_keys in chunks:
+                profile.make_room(num_keys)
+            profile.mass.copy_(torch.rand(profile.mass.shape))
+        step = runtime.start_step(
+            names[:1],
+            torch.tensor([0, TOKENS]),
+            torch.tensor([TOKENS], device=DEVICE),
+            torch.arange(1, 1 + -(-TOKENS // BLOCK), device=DEVICE)[None],
+            torch.zeros(TOKENS, dtype=torch.int64, device=DEVICE),
+        )
+        runtime.finish_step(step).get()
+        taken = mode.peak - kv_bytes
+        assert mode.in_use < mode.peak
+    share = footprint.for_each_kv_byte(config, load)
+    left_free = footprint.for_prompts(config, load) + share * kv_bytes
+    assert 0.5 * left_free < taken <= left_free
+
+
+class VllmWorker:
+    available: int
+
+    def determine_available_memory(self) -> int:
+        return self.available
+
+
+class Worker(FastGenWorkerMixin, VllmWorker):
+    """Of an 8B model: 32 layers of 8 KV heads of 128, prompts of up to 8,192 tokens."""
+
+    def __init__(self, available: int, kv_bytes: int | None) -> None:
+        spec = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
+        self.available = available
+        self.cache_config: Any = SimpleNamespace(kv_cache_memory_bytes=kv_bytes)
+        self.model_runner = SimpleNamespace(
+            get_kv_cache_spec=lambda: dict.fromkeys(range(32), spec)
+        )
+        self.vllm_config: Any = SimpleNamespace(
+            additional_config={},
+            parallel_config=None,
+            scheduler_config=SimpleNamespace(
+                max_num_batched_tokens=2048, max_num_seqs=256, long_prefill_token_threshold=0
+            ),
+            model_config=SimpleNamespace(
+                max_model_len=8192, get_num_attention_heads=lambda parallel_config: 32
+            ),
+        )
+
+
+def test_what_vllm_finds_is_shared() -> None:
+    found = 40 << 30
+    kv = Worker(found, None).determine_available_memory()
+    assert 0.95 * found < kv < 0.98 * found
+    assert Worker(kv, kv).determine_available_memory() == kv, "asked for, so given"
+    with pytest.raises(FastGenConfigError, match=r"0\.\d+ GiB .* lower --max-model-len"):
+        Worker(100 << 20, None).determine_available_memory()

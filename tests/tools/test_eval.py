@@ -1,0 +1,165 @@
+"""``fastgen eval`` and ``fastgen profile``: the lab is the engine, and both tools end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.engine import KOREAN, Engine, english
+from helpers.paths import TEXTS
+from typer.testing import CliRunner
+
+from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.tools.cli import app
+from fastgen_vllm.tools.eval import chart, markdown, run_eval, variants
+from fastgen_vllm.tools.eval_tasks import Load, items, rouge_l
+from fastgen_vllm.tools.lab import Lab, Variant
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("goal", [{"recovery": 0.9}, {"kv_budget": 0.3}])
+def test_the_lab_is_the_engine(model: str, engine: Engine, goal: dict) -> None:
+    """The same policies, the same kept positions step by step, the same greedy tokens."""
+    extra = {f"fastgen_{name}": value for name, value in goal.items()}
+    name = engine.add(english(2500, "types"), max_tokens=32, ignore_eos=True, extra_args=extra)
+    wanted = engine.run(trace=True)[name]
+    lab = Lab(model, [Variant("one", FastGenConfig(min_prompt_tokens=16, **goal))], 4096)
+    lab.prefill(wanted.prompt, chunk=100)
+    assert lab.choices["one"].policy.tolist() == wanted.policy
+    for step, token in enumerate(wanted.output):
+        assert lab.kept_positions("one") == wanted.kept[step]
+        assert int(lab.logits[0].argmax()) == token
+        lab.decode([token])
+    lab.runtime.tables.audit()
+
+
+@pytest.mark.engine
+def test_tiny_eval(model: str, tmp_path: Path) -> None:
+    compared = variants(["h2o", "snapkv"], [0.4], [0.95], {"least_window": 16})
+    load = Load((256,), continuations=4, retrievals=1, agreements=2, num_tokens=8)
+    results = run_eval(model, TEXTS, load, compared, {"least_window": 16})
+    full, *others = results["variants"]
+    assert full["kept_slots"] == 1.0 and full["loss_increase"] == 0.0 and full["rouge_l"] == 1.0
+    assert [v["method"] for v in others] == [
+        "FastGen",
+        "paper's ladder",
+        "FastGen",
+        "h2o",
+        "snapkv",
+    ]
+    for variant in others:
+        assert 0.05 < variant["kept_slots"] < 1
+        assert set(variant["rouge_l_by_language"]) == {"english", "korean"}
+        if "budget" in variant["name"]:
+            assert variant["kept_slots"] < 0.42
+    assert others[2]["loss"] != full["loss"]
+    json.dumps(results)
+    table = markdown(results)
+    assert table.count("\n| ") == 1 + len(results["variants"])
+    chart(results, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 20_000
+
+
+@pytest.mark.engine
+def test_tasks_ask_what_they_say(model: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = list(items(tokenizer, TEXTS, Load((512,), 4, 2, 2, 16)))
+    assert [i.task for i in found] == ["continuation"] * 4 + ["retrieval"] * 6 + ["agreement"] * 2
+    for item in found[:4]:
+        assert len(item.prompt) == 512 and len(item.target) == 16
+    for item in found[4:10]:
+        text, answer = tokenizer.decode(item.prompt), tokenizer.decode(item.target)
+        assert text.count(answer) == 1, "the answer stands in the text once"
+        assert 350 < len(item.prompt) < 620
+    assert any("가" <= char <= "힣" for char in tokenizer.decode(found[3].prompt))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [([1, 2, 3], [1, 2, 3], 1.0), ([1, 2], [3, 4], 0.0), ([1, 9, 2, 3], [1, 2, 4, 3], 0.75)],
+)
+def test_rouge_l(answer: list[int], reference: list[int], score: float) -> None:
+    assert rouge_l(answer, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "nowhere"], "no model folder"),
+        (["eval", "--settings", "[]"], "not a JSON object"),
+        (["eval", "--method", "h3o"], "'h3o'"),
+        (["eval", "--budget", "1.5"], "kv_budget"),
+        (["eval", "--texts", "nowhere"], "run scripts/setup.sh"),
+        (["profile", "--prompt-file", "nowhere"], "does not exist"),
+        (["profile", "--settings", '{"recovery": 1.0}'], "keeps everything"),
+    ],
+)
+def test_bad_arguments(model: str, arguments: list[str], message: str) -> None:
+    command, *rest = arguments
+    where = [] if rest and rest[0] == "nowhere" else [model]
+    environment = {"COLUMNS": "300", "TERM": "dumb"}
+    result = CliRunner().invoke(app, [command, *where, *rest], env=environment)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+
+
+TASK = """
+task: local_capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}} Question: what is the capital of {{country}}? Answer:"
+doc_to_target: "{{capital}}"
+generation_kwargs: {until: ["."], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.engine
+def test_lm_eval_task(model: str, tmp_path: Path) -> None:
+    """A small task of the user's own, through lm-eval's vLLM model, in both engines."""
+    pairs = [("France", "Paris"), ("Korea", "Seoul"), ("Italy", "Rome")]
+    rows = [
+        {"text": english(900, "types"), "country": country, "capital": f" {capital}"}
+        for country, capital in pairs
+    ]
+    data = tmp_path / "capitals.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "local.yaml").write_text(TASK.replace("DATA", str(data)))
+    out = tmp_path / "out.json"
+    arguments = ["eval", model, "--lm-eval", "local_capitals", "--lm-eval-path", str(tmp_path)]
+    engine_args = {"kv_cache_memory_bytes": 256 << 20, "max_model_len": 2048, "enforce_eager": True}
+    arguments += ["--engine-args", json.dumps(engine_args), "--json", str(out)]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert set(found) == {"stock", "FastGen"}
+    for engine_results in found.values():
+        assert 0 <= engine_results["local_capitals"]["exact_match,none"] <= 1
+
+
+@pytest.mark.engine
+def test_profile_shows_korean(model: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(KOREAN)
+    out = tmp_path / "page.html"
+    arguments = ["profile", model, "--prompt-file", str(tmp_path / "prompt.txt"), "--out", str(out)]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "KV kept" in result.output and "special" in result.output
+    page = out.read_text()
+    spans = page.split('<p class="text">')[1].split("</p>")[0]
+    text = "".join(part.split(">", 1)[1] for part in spans.split("</span>")[:-1])
+    assert text.strip() == KOREAN.strip(), "the prompt's characters are whole"
+    assert page.count("<tr><td>") == 30 and "data:image/png;base64," in page
+    assert out.with_suffix(".png").stat().st_size > 20_000
+
+
+def test_short_prompt_is_named(model: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("Hello")
+    arguments = ["profile", model, "--prompt-file", str(tmp_path / "prompt.txt")]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "300", "TERM": "dumb"})
+    assert result.exit_code == 2 and "min_prompt_tokens" in result.output

@@ -1,0 +1,199 @@
+"""What users rely on: stock's answers at recovery 1.0, memory that comes back, a pool that ends
+as it began."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.engine import KOREAN, Engine, Finished, chat, english
+from helpers.paths import PROGRAMS
+from vllm.exceptions import VLLMValidationError
+
+from fastgen_vllm.runtime.runtime import StepReport
+
+NATURAL = [
+    ("booleans", 200),
+    ("exceptions", 700),
+    ("objects", 500),
+    ("execmodel", 900),
+    ("naming", 300),
+    ("strings", 400),
+    ("import", 250),
+    ("calls", 600),
+    ("function", 350),
+    ("try", 1200),
+    ("raise", 200),
+    ("with", 450),
+    ("class", 150),
+    ("async", 800),
+    ("types", 2000),
+    ("compound", 1000),
+    ("assignment", 320),
+    ("comparisons", 640),
+]
+SCRIPT = PROGRAMS / "run_stock.py"
+
+
+@pytest.mark.engine
+def test_recovery_one_equals_stock(model: str, engine: Engine, tmp_path: Path) -> None:
+    prompts = [english(size, topic) for topic, size in NATURAL]
+    prompts += [KOREAN, chat(model, "Why is the sky blue?")]
+    source, target = tmp_path / "prompts.json", tmp_path / "stock.json"
+    source.write_text(json.dumps(prompts))
+    subprocess.run([sys.executable, SCRIPT, model, source, target, "64"], check=True, timeout=300)
+    stock = json.loads(target.read_text())
+    assert stock["backend"] == "CPU_ATTN"
+    names = [engine.add(p, 1.0, max_tokens=64, ignore_eos=True) for p in prompts]
+    results = engine.run()
+    for name, tokens in zip(names, stock["tokens"], strict=True):
+        assert results[name].output == tokens
+        assert results[name].info["kv_kept_ratio"] == 1.0
+        assert results[name].info["vacated_blocks"] == 0
+
+
+@pytest.mark.engine
+def test_chunk_size_does_not_change_policies(engine: Engine) -> None:
+    """Alone, a 700-token prompt takes 256-token chunks; beside others it is cut elsewhere."""
+    prompt = english(3200, "types")
+    name = engine.add(prompt, max_tokens=8, ignore_eos=True)
+    alone = engine.run(trace=True)[name]
+    assert len(alone.prompt) > 2 * 256
+    others = [engine.add(english(400 + 90 * i, "compound", 500 * i)) for i in range(4)]
+    name = engine.add(prompt, max_tokens=8, ignore_eos=True)
+    together = engine.run(trace=True)
+    assert set(others) < set(together)
+    assert together[name].policy == alone.policy
+    assert together[name].kept == alone.kept
+    assert together[name].output == alone.output
+
+
+@pytest.mark.engine
+def test_sampling_options_work(engine: Engine) -> None:
+    # Short enough for one chunk: vLLM's CPU runner cannot rewind the generator of a seeded
+    # request whose prompt is cut (torch: "CPU Generator does not use offset").
+    prompt = english(250, "naming")
+    outputs = {}
+
+    def run(**sampling: Any) -> Any:
+        name = engine.add(prompt, **sampling)
+        while engine.llm.llm_engine.has_unfinished_requests():
+            outputs.update({o.request_id: o for o in engine.step()})
+        return outputs[name]
+
+    many = run(n=3, temperature=1.0, seed=7)
+    assert len({tuple(o.token_ids) for o in many.outputs}) == 3
+    scored = run(logprobs=2, prompt_logprobs=1, max_tokens=5)
+    assert len(scored.outputs[0].logprobs) == 5
+    assert len(scored.prompt_logprobs) == len(scored.prompt_token_ids)
+    word = run(max_tokens=24).outputs[0].text.split()[4]
+    stopped = run(stop=[word], max_tokens=24).outputs[0]
+    assert stopped.finish_reason == "stop" and word not in stopped.text
+    again = run(n=3, temperature=1.0, seed=7)
+    first, second = (
+        [list(o.token_ids) for o in sorted(result.outputs, key=lambda o: o.index)]
+        for result in (many, again)
+    )
+    assert first == second
+
+
+@pytest.mark.engine
+def test_wrong_override_is_that_requests_error(engine: Engine) -> None:
+    with pytest.raises(VLLMValidationError, match=r"fastgen_recovery: got 1\.5"):
+        engine.add(english(300), recovery=1.5)
+    with pytest.raises(VLLMValidationError, match="unknown key"):
+        engine.add(english(300), extra_args={"fastgen_recovry": 0.9})
+    name = engine.add(english(300))
+    assert name in engine.run()
+
+
+@pytest.mark.engine
+def test_vacated_blocks_admit_more_requests(engine: Engine) -> None:
+    """Memory for about four requests, 12 waiting: as many run as the kept ratio promises."""
+    tokenizer = engine.llm.get_tokenizer()
+    texts = [english(3000, "specialnames", 3000 * i) for i in range(12)]
+    prompts = [tokenizer.decode(tokenizer.encode(text)[:496]) for text in texts]
+    # The largest pool in which a cache that keeps everything runs four of them.
+    num_blocks = 5 * -(-496 // 16) - 1
+
+    def run(recovery: float) -> dict[str, Finished]:
+        keys = [engine.add(p, recovery, max_tokens=20, ignore_eos=True) for p in prompts]
+        results = engine.run()
+        return {p: results[k] for p, k in zip(prompts, keys, strict=True)}
+
+    alone = {}
+    for prompt in prompts:
+        name = engine.add(prompt, 0.9, max_tokens=20, ignore_eos=True)
+        alone[prompt] = engine.run()[name].output
+    with engine.limited_to(num_blocks):
+        run(1.0)
+        stock_running, engine.most_running = engine.most_running, 0
+        together = run(0.9)
+    assert stock_running == 4
+    ratio = sum(r.info["kv_kept_ratio"] for r in together.values()) / len(prompts)
+    assert ratio < 0.75, "natural text should leave heads something to discard"
+    assert engine.most_running >= 0.9 * stock_running / ratio, (
+        f"{stock_running} -> {engine.most_running} running at kept ratio {ratio:.3f}"
+    )
+    assert {p: r.output for p, r in together.items()} == alone
+
+
+@pytest.mark.engine
+def test_soak(engine: Engine) -> None:
+    """120 requests, random lengths and aborts, in a pool that forces preemptions."""
+    rng = random.Random(3)
+    waiting, alive, finished, preempted = 120, set(), 0, engine.num_preemptions
+    with engine.limited_to(130):
+        while waiting or engine.llm.llm_engine.has_unfinished_requests():
+            while waiting and len(alive) < 14:
+                prompt = english(rng.randint(30, 1600), "specialnames", rng.randint(0, 50000))
+                recovery = rng.choice([0.7, 0.9, 0.95, 1.0])
+                alive.add(engine.add(prompt, recovery, max_tokens=rng.randint(1, 60)))
+                waiting -= 1
+            for output in engine.step():
+                alive.discard(output.request_id)
+                finished += 1
+            if alive and rng.random() < 0.05:
+                victim = rng.choice(sorted(alive))
+                engine.abort(victim)
+                alive.discard(victim)
+            assert alive or not engine.llm.llm_engine.has_unfinished_requests()
+    assert finished > 60
+    assert engine.num_preemptions > preempted, "not enough pressure for a preemption"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("lag", [1, 2])
+def test_late_reports(engine: Engine, monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
+    """Reports read one and two steps late, as with asynchronous scheduling, under preemptions:
+    no head runs out of pages, every block is accounted for, and answers stay as they were."""
+    prompts = [english(200 + 61 * i, "specialnames", 900 * i) for i in range(16)]
+
+    def run(recovery: float) -> dict[str, list[int]]:
+        names = [engine.add(p, recovery, max_tokens=50, ignore_eos=True) for p in prompts]
+        results = engine.run()
+        return {p: results[name].output for p, name in zip(prompts, names, strict=True)}
+
+    in_time = run(0.9)
+    scheduler, late = engine.scheduler, []
+    apply_report = scheduler.apply_report
+
+    def apply_late(report: StepReport, step: int) -> None:
+        late.append((report, step))
+        if len(late) > lag:
+            apply_report(*late.pop(0))
+
+    monkeypatch.setattr(engine.runtime, "report_lag", lag)
+    monkeypatch.setattr(scheduler, "apply_report", apply_late)
+    monkeypatch.setattr(engine, "reports_are_late", True)
+    assert run(0.9) == in_time
+    preempted = engine.num_preemptions
+    free = engine.free_blocks()
+    with engine.limited_to(70):
+        run(0.9)
+        run(1.0)
+    assert engine.num_preemptions > preempted, "not enough pressure for a preemption"
+    assert engine.free_blocks() == free
