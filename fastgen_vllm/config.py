@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fastgen_vllm.errors import FastGenConfigError
-from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER, FULL, PAPER_LADDER, Hybrid
-from fastgen_vllm.tensors import RATIO_UNIT
+from fastgen_vllm.policy.choice import Goal, Profiling, QueryWeighting
+from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER, FULL, PAPER_LADDER, Hybrid, Ladder
+from fastgen_vllm.policy.methods import METHODS
+from fastgen_vllm.policy.methods.fastgen import PAPER_PROFILING
 
 KernelChoice = Literal["auto", "native", "cuda", "reference"]
-Method = Literal["fastgen", "streaming", "h2o", "snapkv", "pyramidkv", "adakv", "random"]
-QueryWeighting = Literal["uniform", "recent", "last"]
-
-
-@dataclass(frozen=True)
-class Profiling:
-    """How prompt queries are weighed and keys ranked.
-
-    Attributes:
-        weighting: ``uniform``; ``recent``: ``min(1, window / d)`` for the query ``d`` before the
-            prompt's end (1 for the last), with every 2nd, 4th, ... of the far ones standing for
-            the others; ``last``: the last ``window`` queries only.
-        window: queries.
-        pooling: a key's rank is the best score among this many keys around it.
-        least_window: tokens; a head that is not full keeps at least the last so many, generated
-            ones included.
-        num_sinks: the prompt's first tokens that count as special: attention sinks, which hold
-            the softmax together whatever they are.
-        value_weighting: weigh attention on a key by the norm of its value, that is by what it
-            adds to the output; sinks get much attention and add next to nothing.
-    """
-
-    weighting: QueryWeighting
-    window: int
-    pooling: int
-    least_window: int
-    num_sinks: int
-    value_weighting: bool
 
 
 class FastGenConfig(BaseModel):
@@ -55,7 +37,7 @@ class FastGenConfig(BaseModel):
             every head keeps everything and nothing is profiled. 0.95 is the default of other
             ladders.
         method: ``fastgen``, or a method of the literature for comparison, which needs
-            ``kv_budget``: see ``fastgen_vllm/peers.py``.
+            ``kv_budget``: see ``fastgen_vllm/policy/methods/``.
         ladder: ``"adaptive"``, rising ratios; ``"paper"``; or a list of hybrids. The full policy
             always ends it.
         group_reduction: how the recoveries of a GQA group become one: ``mean`` or ``min``.
@@ -78,7 +60,7 @@ class FastGenConfig(BaseModel):
 
     kv_budget: float | None = Field(default=None, gt=0.0, le=1.0)
     recovery: float | None = Field(default=None, ge=0.0, le=1.0)
-    method: Method = "fastgen"
+    method: str = "fastgen"
     ladder: Literal["adaptive", "paper"] | tuple[Hybrid, ...] = "adaptive"
     group_reduction: Literal["mean", "min"] = "mean"
     frequent_score: Literal["sum", "mean"] = "sum"
@@ -94,6 +76,13 @@ class FastGenConfig(BaseModel):
     kernels: KernelChoice = "auto"
     extra_special_tokens: tuple[str, ...] = ()
     debug: bool = Field(default_factory=lambda: os.environ.get("FASTGEN_DEBUG", "0") == "1")
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"Take one of {', '.join(map(repr, METHODS))}")
+        return name
 
     @model_validator(mode="before")
     @classmethod
@@ -123,21 +112,19 @@ class FastGenConfig(BaseModel):
     @property
     def hybrids(self) -> tuple[Hybrid, ...]:
         """The ladder's hybrids, ending with ``full``."""
-        if self.method == "streaming":
-            return (Hybrid(local=self._ratio(1.0)), FULL)
-        if self.method == "h2o":
-            return (Hybrid(frequent=self._ratio(0.5), local=self._ratio(0.5)), FULL)
         if self.method != "fastgen":
-            return (FULL,)
+            assert self.kv_budget is not None
+            return METHODS[self.method].hybrids(self.kv_budget)
         if self.ladder == "adaptive":
             return ADAPTIVE_LADDER
         if self.ladder == "paper":
             return PAPER_LADDER
         return (*(h for h in self.ladder if not h.full), FULL)
 
-    def _ratio(self, share: float) -> float:
-        assert self.kv_budget is not None
-        return max(1, round(self.kv_budget * share * RATIO_UNIT)) / RATIO_UNIT
+    def ladder_on(self, device: torch.device | str = "cpu") -> Ladder:
+        """The ladder, with its heads' numbers on a device."""
+        averages = self.frequent_score == "mean"
+        return Ladder.from_hybrids(self.hybrids, self.profiling.least_window, averages, device)
 
     @property
     def ladder_name(self) -> str:
@@ -153,7 +140,7 @@ class FastGenConfig(BaseModel):
         return f"recovery {self.recovery:.4g}"
 
     @property
-    def goal(self) -> str:
+    def description(self) -> str:
         """What a prompt is compressed to, for the log."""
         if self.method != "fastgen":
             return f"method {self.method}, {self.target}"
@@ -162,11 +149,9 @@ class FastGenConfig(BaseModel):
     @property
     def profiling(self) -> Profiling:
         """The settings, with what suits the ladder or method where they are None."""
-        preset = Profiling("uniform", 64, 1, 1, 0, False)
-        if self.method in ("snapkv", "pyramidkv", "adakv"):
-            preset = Profiling("last", 32, 7, 1, 0, False)
-        elif self.method == "fastgen" and self.ladder == "adaptive":
-            preset = Profiling("recent", 32, 31, 64, 4, True)
+        preset = METHODS[self.method].profiling
+        if self.method == "fastgen" and self.ladder != "adaptive":
+            preset = PAPER_PROFILING
         given = {
             "weighting": self.query_weighting,
             "window": self.observation_window,
@@ -176,6 +161,13 @@ class FastGenConfig(BaseModel):
             "value_weighting": self.value_weighting,
         }
         return replace(preset, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+
+    def goal_of(self, override: RequestOverride) -> Goal:
+        """The request's own goal, or the engine's."""
+        threshold, budget = override.fastgen_recovery, override.fastgen_kv_budget
+        if threshold is None and budget is None:
+            threshold, budget = self.recovery, self.kv_budget
+        return Goal(threshold, budget, self.min_prompt_tokens)
 
     def check_override(self, override: RequestOverride) -> None:
         """Raises:
@@ -268,5 +260,6 @@ def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> str
             known = ", ".join(model.model_fields)
             lines.append(f"{where}: unknown key; known keys: {known}")
         else:
-            lines.append(f"{where}: got {problem['input']!r}. {problem['msg']}")
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: got {problem['input']!r}. {message}")
     return "invalid FastGen setting: " + "; ".join(lines)

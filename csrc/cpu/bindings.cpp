@@ -172,42 +172,38 @@ void decode_attention(const Tensor& query, const Tensor& pages, const Tensor& po
   kernels().decode_attention(a);
 }
 
-int64_t plan_decode(const Tensor& rows, const Tensor& num_tokens, const Tensor& special,
-                    const Tensor& punctuation, at::TensorList ladder, bool mean,
-                    const Tensor& page_table, const Tensor& table_start, const Tensor& lengths,
-                    const Tensor& num_sticky, const Tensor& policy, const Tensor& free_pages,
-                    const Tensor& num_free, const Tensor& positions, const Tensor& scores,
-                    const Tensor& slots) {
-  TORCH_CHECK(ladder.size() == 6, "fastgen: the ladder has six columns");
+// int32 [1]: the last request that is short of pages, or -1. Rules: kernels/contract.py, HeadRules.
+Tensor plan_decode(const Tensor& rows, const Tensor& num_tokens, const Tensor& token_classes,
+                   const Tensor& slots, const Tensor& page_table, const Tensor& table_start,
+                   const Tensor& lengths, const Tensor& num_sticky, const Tensor& sticky_kinds,
+                   const Tensor& frequent, const Tensor& local, const Tensor& least_window,
+                   const Tensor& averages, const Tensor& free_pages, const Tensor& num_free,
+                   const Tensor& positions, const Tensor& scores) {
   PlanDecode a;
   a.num_requests = rows.size(0);
   a.num_layers = lengths.size(1);
   a.num_heads = lengths.size(2);
   a.block_size = positions.size(1);
   a.rows = contiguous<int64_t>(rows, "rows");
+  a.num_tokens = contiguous<int64_t>(num_tokens, "num_tokens");
+  a.token_classes = contiguous<uint8_t>(token_classes, "token_classes");
+  a.slots = contiguous<int64_t>(slots, "slots");
   a.page_table = contiguous<int32_t>(page_table, "page_table");
   a.table_start = contiguous<int64_t>(table_start, "table_start");
   a.lengths = contiguous<int32_t>(lengths, "lengths");
   a.num_sticky = contiguous<int32_t>(num_sticky, "num_sticky");
-  a.policy = contiguous<int64_t>(policy, "policy");
+  a.sticky_kinds = contiguous<uint8_t>(sticky_kinds, "sticky_kinds");
+  a.frequent = contiguous<int32_t>(frequent, "frequent");
+  a.local = contiguous<int32_t>(local, "local");
+  a.least_window = contiguous<int32_t>(least_window, "least_window");
+  a.averages = contiguous<bool>(averages, "averages");
   a.free_pages = contiguous<int32_t>(free_pages, "free_pages");
   a.free_width = free_pages.size(1);
   a.num_free = contiguous<int32_t>(num_free, "num_free");
   a.positions = contiguous<int32_t>(positions, "positions");
   a.scores = contiguous<float>(scores, "scores");
-  a.ladder_special = contiguous<bool>(ladder[0], "special");
-  a.ladder_punctuation = contiguous<bool>(ladder[1], "punctuation");
-  a.ladder_full = contiguous<bool>(ladder[2], "full");
-  a.ladder_frequent = contiguous<int64_t>(ladder[3], "frequent");
-  a.ladder_local = contiguous<int64_t>(ladder[4], "local");
-  a.ladder_least_window = contiguous<int64_t>(ladder[5], "least_window");
-  a.num_tokens = contiguous<int64_t>(num_tokens, "num_tokens");
-  a.special = contiguous<bool>(special, "special");
-  a.punctuation = contiguous<bool>(punctuation, "punctuation");
-  a.mean = mean;
-  a.slots = contiguous<int64_t>(slots, "slots");
   a.parallel = parallel;
-  return kernels().plan_decode(a);
+  return at::full({1}, kernels().plan_decode(a), at::kInt);
 }
 
 // key, value: [tokens, H, D]; slots: [tokens, H], indices into pages [*, block_size, 2 * D].
@@ -234,18 +230,23 @@ void write_kv(const Tensor& key, const Tensor& value, const Tensor& pages, const
   });
 }
 
-// page_table: int64 [L, H, P]; kept: bool [L, H, n].
-void pack_slots_op(const Tensor& pages, const Tensor& page_table, const Tensor& kept) {
+// source, target: int64 [L, H, P], [L, H, Q]; kept: bool [L, H, S].
+void pack_slots_op(const Tensor& kv, const Tensor& positions, const Tensor& scores,
+                   const Tensor& source, const Tensor& kept, const Tensor& target) {
   PackSlots a;
   a.num_heads = kept.size(0) * kept.size(1);
-  a.num_tokens = kept.size(2);
-  a.block_size = pages.size(1);
-  a.slot_bytes = pages.size(2) * pages.element_size();
-  TORCH_CHECK(pages.is_contiguous() && page_table.size(2) * a.block_size >= a.num_tokens,
-              "fastgen: the page table does not cover the tokens");
-  a.table_stride = page_table.size(2);
-  a.pages = static_cast<char*>(pages.data_ptr());
-  a.page_table = contiguous<int64_t>(page_table, "page_table");
+  a.num_slots = kept.size(2);
+  a.block_size = kv.size(1);
+  a.slot_bytes = kv.size(2) * kv.element_size();
+  a.source_width = source.size(2);
+  a.target_width = target.size(2);
+  TORCH_CHECK(kv.is_contiguous() && a.source_width * a.block_size >= a.num_slots,
+              "fastgen: the source pages do not cover the slots");
+  a.kv = static_cast<char*>(kv.data_ptr());
+  a.positions = contiguous<int32_t>(positions, "positions");
+  a.scores = contiguous<float>(scores, "scores");
+  a.source = contiguous<int64_t>(source, "source");
+  a.target = contiguous<int64_t>(target, "target");
   a.kept = contiguous<bool>(kept, "kept");
   a.parallel = parallel;
   pack_slots(a);
@@ -270,12 +271,15 @@ TORCH_LIBRARY(fastgen, m) {
       "Tensor(a!) scores, float scale, Tensor(b!) output) -> ()",
       decode_attention);
   m.def(
-      "plan_decode(Tensor rows, Tensor num_tokens, Tensor special, Tensor punctuation, "
-      "Tensor[] ladder, bool mean, Tensor(a!) page_table, Tensor table_start, Tensor(b!) lengths, "
-      "Tensor(c!) num_sticky, Tensor policy, Tensor free_pages, Tensor(d!) num_free, "
-      "Tensor(e!) positions, Tensor(f!) scores, Tensor(g!) slots) -> int",
+      "plan_decode(Tensor rows, Tensor num_tokens, Tensor token_classes, Tensor(a!) slots, "
+      "Tensor(b!) page_table, Tensor table_start, Tensor(c!) lengths, Tensor(d!) num_sticky, "
+      "Tensor sticky_kinds, Tensor frequent, Tensor local, Tensor least_window, Tensor averages, "
+      "Tensor free_pages, Tensor(e!) num_free, Tensor(f!) positions, Tensor(g!) scores) -> Tensor",
       plan_decode);
-  m.def("pack_slots(Tensor(a!) pages, Tensor page_table, Tensor kept) -> ()", pack_slots_op);
+  m.def(
+      "pack_slots(Tensor(a!) kv, Tensor(b!) positions, Tensor(c!) scores, Tensor source, "
+      "Tensor kept, Tensor target) -> ()",
+      pack_slots_op);
 }
 
 }  // namespace fastgen

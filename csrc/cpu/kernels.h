@@ -66,28 +66,30 @@ struct PlanDecode {
   int32_t* page_table;         // [A]
   const int64_t* table_start;  // [R, L, H], contiguous, as the rest
   int32_t *lengths, *num_sticky;
-  const int64_t* policy;
+  // The rules of each head: kernels/contract.py, HeadRules.
+  const uint8_t* sticky_kinds;
+  const int32_t *frequent, *local, *least_window;
+  const bool* averages;
   int32_t* free_pages;  // [R, free_width]
   int64_t free_width;
   int32_t* num_free;
   int32_t* positions;
   float* scores;
-  // The ladder's columns.
-  const bool *ladder_special, *ladder_punctuation, *ladder_full;
-  const int64_t *ladder_frequent, *ladder_local, *ladder_least_window;
-  const int64_t* num_tokens;  // [num_requests]
-  const bool *special, *punctuation;
-  bool mean;
-  int64_t* slots;  // [num_requests, L, H]
+  const int64_t* num_tokens;     // [num_requests]
+  const uint8_t* token_classes;  // [num_requests]
+  int64_t* slots;                // [num_requests, L, H]
   ParallelFor parallel;
 };
 
 struct PackSlots {
   int64_t num_heads;  // over all layers
-  int64_t num_tokens, block_size, slot_bytes, table_stride;
-  char* pages;
-  const int64_t* page_table;  // [num_heads, table_stride]
-  const bool* kept;           // [num_heads, num_tokens]
+  int64_t num_slots, block_size, slot_bytes;
+  char* kv;
+  int32_t* positions;
+  float* scores;
+  const int64_t *source, *target;  // [num_heads, source_width], [num_heads, target_width]
+  int64_t source_width, target_width;
+  const bool* kept;  // [num_heads, num_slots]
   ParallelFor parallel;
 };
 
@@ -99,7 +101,7 @@ struct Kernels {
   void (*prefill_attention)(const PrefillAttention&);
   void (*attention_mass)(const AttentionMass&);
   void (*decode_attention)(const DecodeAttention&);
-  // Returns the first request that is short of pages, or -1.
+  // Returns the last request that is short of pages, or -1.
   int64_t (*plan_decode)(const PlanDecode&);
 };
 

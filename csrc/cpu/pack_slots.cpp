@@ -1,4 +1,4 @@
-// Compaction's first half: each head's kept tokens move to the front of its own pages, in place.
+// Compaction's first half: what each head keeps moves to the front of its target pages.
 
 #include <cstring>
 
@@ -8,16 +8,19 @@ namespace fastgen {
 
 static void pack_head(void* context, int64_t head) {
   const PackSlots& a = *static_cast<const PackSlots*>(context);
-  const int64_t* pages = a.page_table + head * a.table_stride;
-  const bool* kept = a.kept + head * a.num_tokens;
-  int64_t bs = a.block_size, target = 0;
-  for (int64_t source = 0; source < a.num_tokens; ++source) {
-    if (!kept[source]) continue;
-    if (target != source)
-      std::memcpy(a.pages + (pages[target / bs] * bs + target % bs) * a.slot_bytes,
-                  a.pages + (pages[source / bs] * bs + source % bs) * a.slot_bytes, a.slot_bytes);
-    ++target;
+  const int64_t *source = a.source + head * a.source_width, *target = a.target + head * a.target_width;
+  const bool* kept = a.kept + head * a.num_slots;
+  int64_t bs = a.block_size, count = 0;
+  for (int64_t i = 0; i < a.num_slots; ++i) {
+    if (!kept[i]) continue;
+    int64_t from = source[i / bs] * bs + i % bs, to = target[count / bs] * bs + count % bs;
+    ++count;
+    if (from == to) continue;
+    std::memcpy(a.kv + to * a.slot_bytes, a.kv + from * a.slot_bytes, a.slot_bytes);
+    a.positions[to] = a.positions[from];
+    a.scores[to] = a.scores[from];
   }
+  for (; count % bs; ++count) a.positions[target[count / bs] * bs + count % bs] = -1;
 }
 
 void pack_slots(const PackSlots& a) { a.parallel(a.num_heads, pack_head, const_cast<PackSlots*>(&a)); }

@@ -9,7 +9,7 @@ INLINE int64_t ceil_ratio(int64_t ratio, int64_t num_tokens) {
 }
 
 // Slot of the lowest score before `window_start`; the oldest on ties.
-INLINE int64_t victim(const PlanDecode& a, const int32_t* pages, int64_t length,
+INLINE int64_t victim(const PlanDecode& a, const int32_t* pages, int64_t length, bool averages,
                       int32_t window_start, int32_t num_queries) {
   const int32_t none = 0x7fffffff;
   float best = -kMinusInfinity;
@@ -32,7 +32,7 @@ INLINE int64_t victim(const PlanDecode& a, const int32_t* pages, int64_t length,
           score[k - j] = a.scores[slot + k];
         }
       }
-      if (a.mean) {
+      if (averages) {
         vi seen = num_queries - position;
         score /= __builtin_convertvector(seen < 1 ? splat_int(1) : seen, vf);
       }
@@ -50,49 +50,64 @@ INLINE int64_t victim(const PlanDecode& a, const int32_t* pages, int64_t length,
   return found;
 }
 
+INLINE bool is_sticky(const PlanDecode& a, int64_t request, int64_t at) {
+  return (a.sticky_kinds[at] & a.token_classes[request]) != 0;
+}
+
+// Writes the slots of heads that evict, and -1 for those that append; changes nothing else.
 static void plan_heads(void* context, int64_t i) {
   const PlanDecode& a = *((const PlanTask*)context)->a;
   int64_t heads = a.num_layers * a.num_heads, request = i / a.num_layers;
   int64_t t = a.num_tokens[request];
   for (int64_t head = i % a.num_layers * a.num_heads, end = head + a.num_heads; head < end; ++head) {
-    int64_t at = a.rows[request] * heads + head, policy = a.policy[at], length = a.lengths[at];
-    bool sticky = (a.special[request] && a.ladder_special[policy]) ||
-                  (a.punctuation[request] && a.ladder_punctuation[policy]);
-    a.num_sticky[at] += sticky;
-    int64_t window = higher(a.ladder_least_window[policy], ceil_ratio(a.ladder_local[policy], t));
-    int64_t budget = a.num_sticky[at] + ceil_ratio(a.ladder_frequent[policy], t) + window;
-    int64_t& slot = a.slots[request * heads + head];
-    slot = -1;  // appends
-    if (!a.ladder_full[policy] && length >= budget)
-      slot = victim(a, a.page_table + a.table_start[at], length, t - window, t - 1);
+    int64_t at = a.rows[request] * heads + head, length = a.lengths[at];
+    int64_t window = higher(a.least_window[at], ceil_ratio(a.local[at], t));
+    int64_t num_sticky = a.num_sticky[at] + is_sticky(a, request, at);
+    bool evicts = length >= num_sticky + ceil_ratio(a.frequent[at], t) + window;
+    const int32_t* pages = a.page_table + a.table_start[at];
+    a.slots[request * heads + head] =
+        evicts ? victim(a, pages, length, a.averages[at], t - window, t - 1) : -1;
   }
 }
 
-// The newest token's position and score, and for heads that grow their slot.
+INLINE bool is_short_of_pages(const PlanDecode& a, int64_t request) {
+  int64_t heads = a.num_layers * a.num_heads, row = a.rows[request], taken = 0;
+  for (int64_t head = 0; head < heads; ++head)
+    taken += a.slots[request * heads + head] < 0 && a.lengths[row * heads + head] % a.block_size == 0;
+  return taken > a.num_free[row];
+}
+
+// The slot behind the head's last, in a new page where that is full.
+INLINE int64_t append(const PlanDecode& a, int64_t row, int64_t at) {
+  int64_t length = a.lengths[at]++, offset = length % a.block_size;
+  int32_t& page = a.page_table[a.table_start[at] + length / a.block_size];
+  if (offset == 0) {
+    page = a.free_pages[row * a.free_width + --a.num_free[row]];
+    for (int64_t j = 0; j < a.block_size; ++j) a.positions[page * a.block_size + j] = -1;
+  }
+  return page * a.block_size + offset;
+}
+
 static int64_t plan_decode(const PlanDecode& a) {
   PlanTask task{&a};
   a.parallel(a.num_requests * a.num_layers, plan_heads, &task);
-  int64_t heads = a.num_layers * a.num_heads, page_size = a.block_size;
+  int64_t heads = a.num_layers * a.num_heads, last_short = -1;
   for (int64_t request = 0; request < a.num_requests; ++request) {
     int64_t row = a.rows[request];
+    int64_t* slots = a.slots + request * heads;
+    if (is_short_of_pages(a, request)) {
+      last_short = request;
+      for (int64_t head = 0; head < heads; ++head) slots[head] = 0;
+      continue;
+    }
     for (int64_t head = 0; head < heads; ++head) {
-      int64_t at = row * heads + head, policy = a.policy[at];
-      int64_t& slot = a.slots[request * heads + head];
-      if (slot < 0) {
-        int64_t length = a.lengths[at]++;
-        int32_t& page = a.page_table[a.table_start[at] + length / page_size];
-        if (length % page_size == 0) {
-          if (a.num_free[row] == 0) return request;
-          page = a.free_pages[row * a.free_width + --a.num_free[row]];
-          for (int64_t j = 0; j < page_size; ++j) a.positions[page * page_size + j] = -1;
-        }
-        slot = page * page_size + length % page_size;
-      }
-      bool sticky = (a.special[request] && a.ladder_special[policy]) ||
-                    (a.punctuation[request] && a.ladder_punctuation[policy]);
-      a.positions[slot] = (int32_t)(a.num_tokens[request] - 1);
-      a.scores[slot] = sticky ? -kMinusInfinity : 0.0f;
+      int64_t at = row * heads + head;
+      bool sticky = is_sticky(a, request, at);
+      a.num_sticky[at] += sticky;
+      if (slots[head] < 0) slots[head] = append(a, row, at);
+      a.positions[slots[head]] = (int32_t)(a.num_tokens[request] - 1);
+      a.scores[slots[head]] = sticky ? -kMinusInfinity : 0.0f;
     }
   }
-  return -1;
+  return last_short;
 }

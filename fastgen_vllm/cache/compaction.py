@@ -1,19 +1,16 @@
-"""After prefill: pack each head's kept tokens, gather them in few blocks, vacate the others."""
+"""The one compaction: pack what each head keeps, gather it in few blocks, vacate the others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from fastgen_vllm.cache.head_tables import HeadTables
+from fastgen_vllm.cache.head_tables import HeadTables, Holding
 from fastgen_vllm.cache.pages import PagePool
-from fastgen_vllm.tensors import EMPTY, layers_at_once, to_device
-
-if TYPE_CHECKING:
-    from fastgen_vllm.kernels import Kernels
+from fastgen_vllm.kernels.contract import Kernels
+from fastgen_vllm.tensors import layers_at_once, to_device
 
 
 @dataclass(frozen=True)
@@ -22,107 +19,152 @@ class Compacted:
 
     Attributes:
         vacated: ids of the blocks it no longer owns.
-        kept_slots: slots in use over all layers and heads, of ``total_slots``.
+        kept_slots: slots in use over all layers and heads.
     """
 
     vacated: list[int]
     kept_slots: int
-    total_slots: int
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A request whose heads keep what they keep at the front of their pages.
+
+    Attributes:
+        pages: int64 ``[L, H, P]``.
+        lengths: int64 ``[L, H]``, slots in use.
+        used: int64 ``[L, H]``, pages in use.
+        in_blocks: of each of its blocks, how many of its pages are in use.
+        needed: pages in use, and one for every head that can fill its last before the scheduler
+            grants a block.
+    """
+
+    pages: torch.Tensor
+    lengths: torch.Tensor
+    used: torch.Tensor
+    in_blocks: list[int]
+    needed: int
+    longest: int
+    kept_slots: int
+
+    @property
+    def is_used(self) -> torch.Tensor:
+        index = torch.arange(self.pages.shape[-1], device=self.pages.device)
+        return index < self.used[..., None]
 
 
 def compact(
     tables: HeadTables,
     request_id: str,
-    blocks: Sequence[int],
     kept: torch.Tensor,
-    policy: torch.Tensor,
-    scores: torch.Tensor,
-    sticky: torch.Tensor,
-    keeps_scores: torch.Tensor,
+    num_tokens: int,
     kernels: Kernels,
+    targets: Sequence[int] | None = None,
 ) -> Compacted:
-    """Move a prompt from the engine's block table to head block tables, in place.
+    """Keep some of a request's slots and give the blocks that this frees back.
 
-    Each head's kept tokens, in ascending order, go to the front of its own pages; a target never
-    lies behind its source. Then the used pages of blocks to be vacated move to unused pages of
-    blocks that stay. No second copy of the cache exists: the copies are one layer's at most.
+    K, V, position and score move together. In place, each head's kept slots go to the front of its
+    own pages, in order, so that a target never lies behind its source; then the used pages of
+    blocks to be vacated move to unused pages of blocks that stay. No second copy of the cache
+    exists.
 
-    Enough pages stay for every head to grow until the next block boundary of the sequence,
-    where the scheduler can grant a block.
+    Enough pages stay for every head to grow until the next block boundary of the sequence, where
+    the scheduler can grant a block.
 
     Args:
-        blocks: the request's ``ceil(n / block_size)`` block ids, in token order.
-        kept: bool ``[L, H, n]``.
-        policy: int64 ``[L, H]``.
-        scores: float32 ``[L, H, n]``, cumulative attention; read for heads that keep scores.
-        sticky: bool ``[L, H, n]``.
-        keeps_scores: bool ``[L, H]``.
+        kept: bool ``[L, H, S]``, of each head's slots in use, at most ``S``.
+        num_tokens: of the sequence so far.
+        targets: blocks to move into, out of place: what is not needed of them is vacated too.
     """
-    pool = tables.pool
-    block_size, n = pool.block_size, kept.shape[-1]
-    row = tables.add(request_id)
-    block_ids = to_device(torch.tensor(blocks), kept.device)
-    lengths = kept.sum(-1)
-    used = -(-lengths // block_size)
-    pages = pool.pages_of(block_ids)
-    kernels.pack_slots(pool.kv, pages, kept)
+    pool, source = tables.pool, tables.pages_of(request_id)
+    blocks = list(tables.blocks[request_id] if targets is None else targets)
+    lengths, num_sticky = kept.sum(-1), _count_sticky(pool, source, kept)
+    used = -(-lengths // pool.block_size)
+    target = source if targets is None else _spread(pool, blocks, used, source.shape[-1])
+    kernels.pack_slots(pool, source, kept, target)
+    packed = _measure(pool, target, lengths, used, blocks, num_tokens)
+    staying, free = _gather(pool, packed, blocks, kernels)
+    width = -(-packed.longest // pool.block_size)
+    held = Holding(staying, packed.pages[..., :width], lengths, num_sticky, packed.longest, free)
+    before = tables.blocks[request_id]
+    tables.hold(request_id, held)
+    gone = blocks if targets is None else [*before, *blocks]
+    return Compacted([b for b in gone if b not in set(staying)], packed.kept_slots)
 
-    room = used * block_size - lengths
-    growing = room < len(blocks) * block_size - n
-    figures = (used.sum() + growing.sum(), used.max(), lengths.max(), lengths.sum())
-    needed, width, longest, kept_slots = torch.stack(figures).tolist()
-    num_stay = -(-needed // pool.pages_per_block)
-    pages, free = _gather_in_front(pool, pages, used, num_stay, kernels)
-    pages = pages[..., :width]
 
-    tables.bounds[request_id] = longest
-    tables.set_pages(request_id, pages)
-    is_used = torch.arange(width, device=kept.device) < used[..., None]
-    tables.lengths[row] = lengths.int()
-    tables.num_sticky[row] = (kept & sticky).sum(-1).int()
-    tables.policy[row] = policy
-    tables.keeps_scores[row] = keeps_scores
-    tables.free_pages[row, : len(free)] = free.int()
-    tables.num_free[row] = len(free)
-    tables.blocks[request_id] = list(blocks[:num_stay])
+def _count_sticky(pool: PagePool, pages: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Sticky slots among the kept ones: int64 ``[L, H]``."""
+    found = torch.empty(pages.shape[:2], dtype=torch.int64, device=kept.device)
     for layers in layers_at_once(kept):
-        own = scores[layers] * keeps_scores[layers, :, None]
-        own.masked_fill_(sticky[layers], float("inf"))
-        _write_metadata(pool, pages[layers], is_used[layers], kept[layers], own)
-    return Compacted(list(blocks[num_stay:]), kept_slots, kept.numel())
+        scores = pool.scores[pages[layers]].flatten(2)[..., : kept.shape[-1]]
+        found[layers] = (kept[layers] & (scores == float("inf"))).sum(-1)
+    return found
 
 
-def _gather_in_front(
-    pool: PagePool, pages: torch.Tensor, used: torch.Tensor, num_stay: int, kernels: Kernels
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move used pages out of blocks from ``num_stay`` on; return the table and the free pages."""
-    index = torch.arange(pages.shape[-1], device=pages.device)
-    is_used = index < used[..., None]
-    leaving = is_used & (index >= num_stay)
-    free = pages[(index < num_stay) & ~is_used]
-    source = pages[leaving]
-    target = free[: len(source)]
-    for start in range(0, len(source), pool.pages_per_block):
-        part = slice(start, start + pool.pages_per_block)
-        kernels.move_pages(pool.kv, source[part], target[part])
-    pages[leaving] = target
-    return pages, free[len(source) :]
+def _spread(pool: PagePool, blocks: Sequence[int], used: torch.Tensor, width: int) -> torch.Tensor:
+    """The blocks' pages, to each head as many as it uses: int64 ``[L, H, width]``."""
+    pages = pool.pages_of(to_device(torch.tensor(blocks), used.device)).flatten()
+    first = used.flatten().cumsum(0).view(used.shape) - used
+    index = torch.arange(width, device=used.device)
+    at = (first[..., None] + index).clamp(max=len(pages) - 1)
+    return torch.where(index < used[..., None], pages[at], 0)
 
 
-def _write_metadata(
+def _measure(
     pool: PagePool,
     pages: torch.Tensor,
-    is_used: torch.Tensor,
-    kept: torch.Tensor,
-    scores: torch.Tensor,
-) -> None:
-    layers, heads, width = pages.shape
-    shape = (layers, heads, width * pool.block_size)
-    positions = torch.full(shape, EMPTY, dtype=torch.int32, device=kept.device)
-    slot_scores = torch.zeros(shape, dtype=torch.float32, device=kept.device)
-    layer, head, position = kept.nonzero(as_tuple=True)
-    slot = (kept.cumsum(-1) - 1)[layer, head, position]
-    positions[layer, head, slot] = position.int()
-    slot_scores[layer, head, slot] = scores[layer, head, position]
-    pool.positions[pages[is_used]] = positions.view(*pages.shape, -1)[is_used]
-    pool.scores[pages[is_used]] = slot_scores.view(*pages.shape, -1)[is_used]
+    lengths: torch.Tensor,
+    used: torch.Tensor,
+    blocks: Sequence[int],
+    num_tokens: int,
+) -> _Packed:
+    """The figures that the host decides by. The one place where it waits for the device."""
+    until_boundary = -num_tokens % pool.block_size
+    growing = used * pool.block_size - lengths < until_boundary
+    index = torch.arange(pages.shape[-1], device=pages.device)
+    counts = torch.zeros(pool.num_blocks, dtype=torch.int64, device=pages.device)
+    is_used = (index < used[..., None]).long()
+    counts.scatter_add_(0, (pages // pool.pages_per_block).flatten(), is_used.flatten())
+    block_ids = to_device(torch.tensor(blocks), pages.device)
+    sums = torch.stack([used.sum() + growing.sum(), lengths.max(), lengths.sum()])
+    needed, longest, kept_slots, *in_blocks = torch.cat([sums, counts[block_ids]]).tolist()
+    return _Packed(pages, lengths, used, in_blocks, needed, longest, kept_slots)
+
+
+def _gather(
+    pool: PagePool, packed: _Packed, blocks: Sequence[int], kernels: Kernels
+) -> tuple[list[int], torch.Tensor]:
+    """Move used pages out of all blocks but the fullest that hold them.
+
+    Returns:
+        the blocks that stay, and their pages that are not in use. ``packed.pages`` is changed.
+    """
+    device, per_block = packed.pages.device, pool.pages_per_block
+    num_stay = -(-packed.needed // per_block)
+    assert num_stay <= len(blocks), f"{packed.needed} pages do not fit {len(blocks)} blocks"
+    fullest = sorted(range(len(blocks)), key=lambda i: -packed.in_blocks[i])[:num_stay]
+    staying = [blocks[i] for i in sorted(fullest)]
+    used_there = sum(packed.in_blocks[i] for i in fullest)
+    num_moves = sum(packed.in_blocks) - used_there
+
+    place = torch.full((pool.num_blocks,), -1)
+    place[staying] = torch.arange(num_stay)
+    where = to_device(place, device)[packed.pages // per_block]
+    stays, is_used = where >= 0, packed.is_used
+    inside = where * per_block + packed.pages % per_block
+    room = num_stay * per_block
+    # One more, for all that is not counted: a mask would have the host wait.
+    taken = torch.zeros(room + 1, dtype=torch.uint8, device=device)
+    taken[torch.where(stays & is_used, inside, room).flatten()] = 1
+    free = taken[:room].argsort(stable=True)[: room - used_there]
+    stay_ids = to_device(torch.tensor(staying), device)
+    free = stay_ids[free // per_block] * per_block + free % per_block
+
+    leaving = (is_used & ~stays).flatten().to(torch.uint8)
+    moved = leaving.argsort(descending=True, stable=True)[:num_moves]
+    source, target = packed.pages.flatten()[moved], free[:num_moves]
+    for start in range(0, num_moves, per_block):
+        part = slice(start, start + per_block)
+        kernels.move_pages(pool, source[part], target[part])
+    packed.pages.view(-1)[moved] = target
+    return staying, free[num_moves:]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from fastgen_vllm.cache.pages import PagePool
-from fastgen_vllm.kernels.reference import pages_in_order
-from fastgen_vllm.tensors import to_device
+from fastgen_vllm.kernels.contract import DecodeBatch, HeadRules, HeadState
+from fastgen_vllm.kernels.reference import budgets, pages_in_order
+from fastgen_vllm.tensors import EMPTY, layers_at_once, to_device
 
 
 class OutOfPagesError(RuntimeError):
@@ -20,67 +22,77 @@ MOST_FREE_BLOCKS = 3
 granted before the scheduler has read of it; later, one granted on top of less than one that the
 scheduler counts and less than one that late reports hold back."""
 
-ENTRIES_PER_PAGE = 4
-"""Of the page table. Every head has as much room as its request's longest, and a quarter more."""
+MARGIN = 32
+"""Entries of the page table that a head can grow by, at least, before its request's are moved."""
 
-MARGIN = 8
-"""Pages that a head can grow by before its request's table is moved, at least."""
 
-_ROW_TENSORS = (
-    "table_start",
-    "lengths",
-    "num_sticky",
-    "policy",
-    "keeps_scores",
-    "free_pages",
-    "num_free",
-)
+def table_entries(num_blocks: int, max_requests: int) -> int:
+    """Entries per page of a block that the page table needs: heads' pages and margins, twice, so
+    that at least half of it is free after its parts were put side by side."""
+    return 2 * (num_blocks + num_blocks // 4 + max_requests * MARGIN)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The pages that a request's heads use, and those that it owns unused.
+
+    Attributes:
+        blocks: ids of the blocks whose pages they are.
+        pages: int64 ``[L, H, P]``, each head's in slot order; what follows its own is not read.
+        lengths: int64 ``[L, H]``, slots in use.
+        num_sticky: int64 ``[L, H]``, sticky tokens among them.
+        longest: no head has more slots.
+        free: int64 ``[k]``.
+    """
+
+    blocks: list[int]
+    pages: torch.Tensor
+    lengths: torch.Tensor
+    num_sticky: torch.Tensor
+    longest: int
+    free: torch.Tensor
 
 
 class HeadTables:
     """State of the requests that are past their prompt, one row each.
 
-    All of it stays where it is in memory, but when there are more requests than ``num_rows`` or
-    their heads differ in length beyond ``ENTRIES_PER_PAGE``.
+    All of it stays where it is in memory. A request's heads lie side by side in the page table,
+    each with room of its own; requests lie anywhere.
 
     Attributes:
-        page_table: int32 ``[A]``, each head's pages in slot order. A request's heads lie side by
-            side, with as much room each; requests lie anywhere.
-        table_start: int64 ``[R, L, H]``, where there a head's pages begin.
-        lengths: int32 ``[R, L, H]``, slots in use. A head's slots are always dense.
-        num_sticky: int32 ``[R, L, H]``, sticky tokens among them.
-        policy: int64 ``[R, L, H]``, index into the ladder.
-        keeps_scores: bool ``[R, L, H]``, heads with a frequent component.
-        free_pages: int32 ``[R, 3 * L * H]``, a stack of pages that the request owns unused.
-        num_free: int32 ``[R]``, its height.
+        state: what kernels read and change.
+        rows: of each request, its row there.
         blocks: the block ids that each request owns.
-        bounds: no head of the request has more slots. Kept on the host, so that a decode step
-            need not wait for a device to learn its shapes.
     """
 
-    def __init__(self, pool: PagePool, num_rows: int = 8) -> None:
-        self.pool = pool
-        layers, heads, device = pool.num_layers, pool.num_kv_heads, pool.kv.device
+    def __init__(self, pool: PagePool, max_requests: int = 8) -> None:
+        self.pool, self.max_requests = pool, max_requests
+        device, heads = pool.kv.device, (max_requests, pool.num_layers, pool.num_kv_heads)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.page_table = zeros(ENTRIES_PER_PAGE * len(pool.kv))
-        self.table_start = zeros(num_rows, layers, heads, dtype=torch.int64)
-        self.lengths = zeros(num_rows, layers, heads)
-        self.num_sticky = zeros(num_rows, layers, heads)
-        self.policy = zeros(num_rows, layers, heads, dtype=torch.int64)
-        self.keeps_scores = zeros(num_rows, layers, heads, dtype=torch.bool)
-        self.free_pages = zeros(num_rows, MOST_FREE_BLOCKS * pool.pages_per_block)
-        self.num_free = zeros(num_rows)
+        entries = table_entries(pool.num_blocks, max_requests) * pool.pages_per_block
+        self.state = HeadState(
+            zeros(1 + entries),
+            zeros(*heads, dtype=torch.int64),
+            zeros(*heads),
+            zeros(*heads),
+            HeadRules.zeros(heads, device),
+            zeros(max_requests, MOST_FREE_BLOCKS * pool.pages_per_block),
+            zeros(max_requests),
+        )
         self.rows: dict[str, int] = {}
         self.blocks: dict[str, list[int]] = {}
-        self.bounds: dict[str, int] = {}
-        self._free_rows = list(range(num_rows))[::-1]
-        self._parts: dict[str, tuple[int, int]] = {}
-        """Of each request: where its part of the page table begins, and a head's room there."""
-        self._end = 0
-        self._heads = torch.arange(layers * heads, device=device).view(layers, heads)
+        self._free_rows = list(range(max_requests))[::-1]
+        self._bounds: dict[str, int] = {}
+        """No head of the request has more slots. Kept on the host, so that a decode step need not
+        wait for a device to learn its shapes."""
+        self._parts: dict[str, tuple[int, int, int]] = {}
+        """Of each request: where its part of the page table begins and ends, and the bound up to
+        which none of its heads leaves its room."""
+        self._end = 1
+        """Entry 0 is nobody's."""
         self._last_rows: tuple[list[str], torch.Tensor] | None = None
 
     def rows_of(self, request_ids: Sequence[str]) -> torch.Tensor:
@@ -88,101 +100,170 @@ class HeadTables:
         if self._last_rows is None or list(request_ids) != self._last_rows[0]:
             rows = [self.rows[request_id] for request_id in request_ids]
             on_host = torch.tensor(rows, dtype=torch.int64)
-            self._last_rows = (list(request_ids), to_device(on_host, self.lengths.device))
+            self._last_rows = (list(request_ids), to_device(on_host, self.pool.kv.device))
         return self._last_rows[1]
 
-    def add(self, request_id: str) -> int:
-        """Give the request a row."""
+    def enter(
+        self,
+        request_id: str,
+        blocks: Sequence[int],
+        rules: HeadRules,
+        scores: torch.Tensor,
+        sticky: torch.Tensor,
+    ) -> None:
+        """A prompt ended: each of its heads owns the prompt's pages of its own, and keeps all.
+
+        Args:
+            blocks: the ``ceil(n / block_size)`` blocks that it lies in, in token order.
+            rules: ``[L, H]``.
+            scores: float32 ``[L, H, n]``, cumulative attention; read for heads that keep scores.
+            sticky: bool ``[L, H, n]``.
+        """
         assert request_id not in self.rows, f"{request_id} already has head tables"
-        if not self._free_rows:
-            self._double_rows()
-        row = self._free_rows.pop()
-        self.rows[request_id] = row
+        assert self._free_rows, f"{request_id}: all {self.max_requests} rows are taken"
+        self.rows[request_id] = self._free_rows.pop()
         self._last_rows = None
-        return row
+        n = scores.shape[-1]
+        block_ids = to_device(torch.tensor(blocks), scores.device)
+        pages = self.pool.pages_of(block_ids)
+        for layers in layers_at_once(scores):
+            own = scores[layers] * rules.keeps_scores[layers][..., None]
+            self._describe(pages[layers], own.masked_fill_(sticky[layers], float("inf")))
+        self.state.rules[self.rows[request_id]] = rules
+        lengths = torch.full(pages.shape[:2], n, device=scores.device)
+        none = pages.new_empty(0)
+        self.hold(request_id, Holding(list(blocks), pages, lengths, sticky.sum(-1), n, none))
+
+    def _describe(self, pages: torch.Tensor, scores: torch.Tensor) -> None:
+        """Positions and scores of the ``n`` tokens that lie in ``pages`` in order."""
+        n, width = scores.shape[-1], pages.shape[-1]
+        empty = (0, width * self.pool.block_size - n)
+        positions = torch.arange(n, dtype=torch.int32, device=scores.device)
+        positions = torch.nn.functional.pad(positions, empty, value=EMPTY)
+        self.pool.positions[pages] = positions.view(width, -1).expand(*pages.shape, -1)
+        slots = torch.nn.functional.pad(scores, empty)
+        self.pool.scores[pages] = slots.view(*pages.shape, -1)
+
+    def hold(self, request_id: str, holding: Holding) -> None:
+        """Enter what the request holds from now on, in place of what it held."""
+        state, row = self.state, self.rows[request_id]
+        self.blocks[request_id] = holding.blocks
+        self._bounds[request_id] = holding.longest
+        state.lengths[row] = holding.lengths.int()
+        state.num_sticky[row] = holding.num_sticky.int()
+        state.free_pages[row, : len(holding.free)] = holding.free.int()
+        state.num_free[row] = len(holding.free)
+        self._lay_out(request_id, holding.pages)
 
     def release(self, request_id: str) -> None:
         """Forget the request. Its pages are the scheduler's again."""
         row = self.rows.pop(request_id, None)
         if row is None:
             return
-        del self.blocks[request_id], self.bounds[request_id]
-        self._parts.pop(request_id, None)
-        self.lengths[row] = 0
-        self.num_free[row] = 0
+        del self.blocks[request_id], self._bounds[request_id], self._parts[request_id]
+        self.state.lengths[row] = 0
+        self.state.num_free[row] = 0
         self._free_rows.append(row)
 
     def grant(self, request_id: str, blocks: Sequence[int]) -> None:
         """The scheduler gave the request more blocks: their pages become its free pages."""
-        row = self.rows[request_id]
-        device = self.page_table.device
+        state, row = self.state, self.rows[request_id]
+        device = state.page_table.device
         pages = self.pool.pages_of(to_device(torch.tensor(blocks), device)).flatten()
-        top = self.num_free[row] + torch.arange(len(pages), device=device)
-        self.free_pages[row].scatter_(0, top, pages.int())
-        self.num_free[row] += len(pages)
+        top = state.num_free[row] + torch.arange(len(pages), device=device)
+        state.free_pages[row].scatter_(0, top, pages.int())
+        state.num_free[row] += len(pages)
         self.blocks[request_id].extend(blocks)
 
-    def grow_bounds(self, request_ids: Sequence[str]) -> int:
-        """Each request may get one slot more in every head; returns the most pages of a head."""
-        longest = 0
-        for request_id in request_ids:
-            bound = self.bounds[request_id] = self.bounds[request_id] + 1
-            self._make_room(request_id, -(-bound // self.pool.block_size))
-            longest = max(longest, bound)
-        return -(-longest // self.pool.block_size)
-
-    def set_pages(self, request_id: str, pages: torch.Tensor) -> None:
-        """Enter the pages that each head owns.
+    def batch(
+        self, request_ids: Sequence[str], num_tokens: torch.Tensor, token_classes: torch.Tensor
+    ) -> DecodeBatch:
+        """A step in which each request may get one slot more in every head.
 
         Args:
-            pages: int64 ``[L, H, P]``; what follows a head's own is not read.
+            num_tokens: int64 ``[N]``, with the newest.
+            token_classes: uint8 ``[N]``, the newest token's.
         """
-        self._make_room(request_id, pages.shape[-1])
-        self._table_of(request_id)[:, : pages.shape[-1]] = pages.flatten(0, 1).int()
+        longest = 0
+        for request_id in request_ids:
+            bound = self._bounds[request_id] = self._bounds[request_id] + 1
+            if bound > self._parts[request_id][2]:
+                self._lay_out(request_id, self.pages_of(request_id))
+            longest = max(longest, bound)
+        rows = self.rows_of(request_ids)
+        shape = (len(rows), self.pool.num_layers, self.pool.num_kv_heads)
+        slots = torch.empty(shape, dtype=torch.int64, device=rows.device)
+        max_pages = -(-longest // self.pool.block_size)
+        return DecodeBatch(rows, num_tokens, token_classes, slots, max_pages)
+
+    def free_pages(
+        self, request_ids: Sequence[str], num_tokens: torch.Tensor | None, steps: int
+    ) -> torch.Tensor:
+        """int32 ``[N]``: pages that requests own unused, and will still after ``steps`` more steps.
+
+        A head takes at most one page in them, near the end of its last and where it is below its
+        budget.
+
+        Args:
+            num_tokens: int64 ``[N]``, tokens so far; None where ``steps`` is 0.
+        """
+        state, rows = self.state, self.rows_of(request_ids)
+        if not steps or num_tokens is None:
+            return state.num_free[rows]
+        lengths, rules = state.lengths[rows], state.rules[rows]
+        num_sticky = state.num_sticky[rows] + steps * (rules.sticky_kinds != 0)
+        grows = lengths < budgets(rules, num_sticky, num_tokens[:, None, None] + steps)
+        takes_page = grows & (-lengths % self.pool.block_size < steps)
+        return (state.num_free[rows] - takes_page.flatten(1).sum(-1)).int()
 
     def pages_of(self, request_id: str) -> torch.Tensor:
         """The pages that each head uses: int64 ``[L, H, P]``, padded with page 0."""
-        row, (_, room) = self.rows[request_id], self._parts[request_id]
-        starts, lengths = self.table_start[row], self.lengths[row]
-        return pages_in_order(self.page_table, starts, lengths, self.pool.block_size, room)
+        row, block_size = self.rows[request_id], self.pool.block_size
+        starts, lengths = self.state.table_start[row], self.state.lengths[row]
+        width = -(-self._bounds[request_id] // block_size)
+        return pages_in_order(self.state.page_table, starts, lengths, block_size, width)
 
-    def _table_of(self, request_id: str) -> torch.Tensor:
-        """``[L * H, room]``, a view."""
-        start, room = self._parts[request_id]
-        return self.page_table[start : start + self._heads.numel() * room].view(-1, room)
+    def _lay_out(self, request_id: str, pages: torch.Tensor) -> None:
+        """Give each head the entries that its pages take, and a margin: ``[L, H, P]``.
 
-    def _make_room(self, request_id: str, num_pages: int) -> None:
-        """Move the request's table where a head of it could not have ``num_pages`` pages."""
-        heads, (_, room) = self._heads.numel(), self._parts.get(request_id, (0, 0))
-        if num_pages <= room:
-            return
-        wider = num_pages + max(MARGIN, num_pages // 4)
-        if self._end + heads * wider > len(self.page_table):
-            self._repack(heads * wider)
-        before = self._table_of(request_id) if room else None
-        self._parts[request_id] = self._end, wider
-        self.table_start[self.rows[request_id]] = self._heads * wider + self._end
-        if before is not None:
-            self._table_of(request_id)[:, :room] = before
-        self._end += heads * wider
+        A request's heads together take no more entries than it owns pages, so that where its part
+        ends is known on the host.
+        """
+        state, row, block_size = self.state, self.rows[request_id], self.pool.block_size
+        num_blocks = len(self.blocks[request_id])
+        margin = max(MARGIN, num_blocks // 4)
+        self._parts.pop(request_id, None)
+        first = self._room_for(self.pool.pages_per_block * (num_blocks + margin))
+        end = self._end
+        self._parts[request_id] = first, end, self._bounds[request_id] + margin * block_size
+        used = -(-state.lengths[row] // block_size)
+        ends = (used + margin).flatten().cumsum(0).view(used.shape)
+        starts = first + ends - used - margin
+        state.table_start[row] = starts
+        index = torch.arange(pages.shape[-1], device=pages.device)
+        is_used = index < used[..., None]
+        # What is no head's goes to entry 0, which is nobody's: a mask would have the host wait.
+        entries = torch.where(is_used, starts[..., None] + index, 0)
+        state.page_table[entries] = torch.where(is_used, pages, 0).int()
 
-    def _repack(self, size: int) -> None:
-        """Put the tables side by side. At least half of the page table is free then, and room for
-        ``size`` entries."""
-        heads, end = self._heads.numel(), 0
-        for request_id, (start, room) in sorted(self._parts.items(), key=lambda part: part[1]):
-            if start > end:
-                own = self._table_of(request_id).clone()  # it may overlap its new place
-                self._parts[request_id] = end, room
-                self._table_of(request_id).copy_(own)
-                self.table_start[self.rows[request_id]] += end - start
-            end += heads * room
-        self._end, capacity = end, len(self.page_table)
-        while end + size > capacity or 2 * end > capacity:
-            capacity *= 2
-        more = capacity - len(self.page_table)
-        if more:
-            self.page_table = torch.nn.functional.pad(self.page_table, (0, more))
+    def _room_for(self, size: int) -> int:
+        """The first of ``size`` entries at the end of the page table."""
+        if self._end + size > len(self.state.page_table):
+            self._put_side_by_side()
+        first, self._end = self._end, self._end + size
+        assert self._end <= len(self.state.page_table), "requests own more blocks than there are"
+        return first
+
+    def _put_side_by_side(self) -> None:
+        table, end = self.state.page_table, 1
+        for request_id, (first, last, bound) in sorted(self._parts.items(), key=lambda p: p[1]):
+            size = last - first
+            if first > end:
+                table[end : end + size] = table[first:last].clone()  # it may overlap its new place
+                self.state.table_start[self.rows[request_id]] += end - first
+                self._parts[request_id] = end, end + size, bound
+            end += size
+        self._end = end
 
     def audit(self) -> None:
         """Check that owned pages are each owned once and are exactly the owned blocks' pages.
@@ -191,25 +272,40 @@ class HeadTables:
             AssertionError: naming the request and what is wrong.
         """
         owner: dict[int, str] = {}
-        for request_id, row in self.rows.items():
-            own = self.pages_of(request_id)
-            pages = own[own > 0].tolist()
-            pages += self.free_pages[row, : int(self.num_free[row])].tolist()
-            owned = torch.tensor(self.blocks[request_id], dtype=torch.int64)
-            expected = self.pool.pages_of(owned).flatten().tolist()
-            assert sorted(pages) == sorted(expected), (
-                f"{request_id} uses pages that its blocks {self.blocks[request_id]} do not hold, "
-                f"or holds a page twice: {set(pages) ^ set(expected)}"
-            )
+        for request_id in self.rows:
+            pages = self._owned_pages(request_id)
             for page in pages:
                 assert page not in owner, f"page {page}: {owner[page]} and {request_id} own it"
                 owner[page] = request_id
-            live = (self.pool.positions[own] >= 0).sum(dim=(-1, -2))
-            assert torch.equal(live.int(), self.lengths[row]), f"{request_id}: empty slots in use"
 
-    def _double_rows(self) -> None:
-        count = len(self.num_free)
-        for name in _ROW_TENSORS:
-            tensor = getattr(self, name)
-            setattr(self, name, torch.cat([tensor, torch.zeros_like(tensor)]))
-        self._free_rows.extend(range(2 * count - 1, count - 1, -1))
+    def _owned_pages(self, request_id: str) -> list[int]:
+        state, row, pool = self.state, self.rows[request_id], self.pool
+        own = self.pages_of(request_id)
+        pages = own[own > 0].tolist() + state.free_pages[row, : int(state.num_free[row])].tolist()
+        owned = torch.tensor(self.blocks[request_id], dtype=torch.int64)
+        expected = pool.pages_of(owned).flatten().tolist()
+        assert sorted(pages) == sorted(expected), (
+            f"{request_id} uses pages that its blocks {self.blocks[request_id]} do not hold, "
+            f"or holds a page twice: {set(pages) ^ set(expected)}"
+        )
+        live = (pool.positions[own] >= 0).sum(dim=(-1, -2))
+        assert torch.equal(live.int(), state.lengths[row]), f"{request_id}: empty slots in use"
+        sticky = (pool.scores[own] == float("inf")) & (pool.positions[own] >= 0)
+        counted = sticky.sum(dim=(-1, -2)).int()
+        assert torch.equal(counted, state.num_sticky[row]), f"{request_id}: sticky tokens"
+        return pages
+
+
+def check_pages(request_ids: Sequence[str], short: int) -> None:
+    """Raises:
+    OutOfPagesError: request ``short`` owned too few free pages.
+    """
+    if short >= 0:
+        raise OutOfPagesError(f"{request_ids[short]} owns too few free pages to grow")
+
+
+def row_bytes() -> int:
+    """Bytes of a head in a row of the tables, without its entries of the page table."""
+    rules = HeadRules.zeros((1,), torch.device("cpu")).tensors()
+    figures = sum(tensor.itemsize for tensor in rules)
+    return figures + 8 + 4 + 4 + 4 * MOST_FREE_BLOCKS

@@ -6,31 +6,23 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgen_vllm.kernels.contract import Pages
 from fastgen_vllm.tensors import EMPTY
 
 
 @dataclass(frozen=True)
-class PagePool:
-    """Every head page of every block, and each slot's metadata.
+class PagePool(Pages):
+    """The head pages of every block.
 
     Block ``b`` of layer ``l`` and KV head ``h`` is page ``(b * L + l) * H + h``. Block 0 is the
     engine's null block: nobody owns its pages and their slots stay empty, so page 0 pads tables.
-
-    Attributes:
-        kv: ``[num_blocks * L * H, block_size, 2 * head_size]``, K then V, the engine's storage.
-        positions: int32 ``[num_pages, block_size]``, the token's position or ``EMPTY``.
-        scores: float32 ``[num_pages, block_size]``, cumulative attention; ``+inf`` for sticky
-            tokens, which are never the lowest, and 0 where the head keeps no scores.
     """
 
-    kv: torch.Tensor
-    positions: torch.Tensor
-    scores: torch.Tensor
     num_layers: int
     num_kv_heads: int
 
     @classmethod
-    def over(cls, kv: torch.Tensor, num_layers: int, num_kv_heads: int) -> PagePool:
+    def over(cls, kv: torch.Tensor) -> PagePool:
         """View storage ``[num_blocks, L, H, block_size, 2 * head_size]`` as pages."""
         flat = kv.view(-1, *kv.shape[-2:])
         slots = flat.shape[:2]
@@ -38,13 +30,9 @@ class PagePool:
             flat,
             torch.full(slots, EMPTY, dtype=torch.int32, device=kv.device),
             torch.zeros(slots, dtype=torch.float32, device=kv.device),
-            num_layers,
-            num_kv_heads,
+            kv.shape[1],
+            kv.shape[2],
         )
-
-    @property
-    def block_size(self) -> int:
-        return self.kv.shape[1]
 
     @property
     def pages_per_block(self) -> int:
@@ -54,13 +42,8 @@ class PagePool:
     def num_blocks(self) -> int:
         return self.kv.shape[0] // self.pages_per_block
 
-    @property
-    def slots(self) -> torch.Tensor:
-        """``[num_pages * block_size, 2 * head_size]``."""
-        return self.kv.view(-1, self.kv.shape[-1])
-
     def of_layer(self, layer: int) -> torch.Tensor:
-        """The pages from this layer's first on: there, every layer's blocks have the page
+        """The K and V from this layer's first page on: there, every layer's blocks have the page
         numbers that ``pages_of`` gives for layer 0."""
         return self.kv[layer * self.num_kv_heads :]
 

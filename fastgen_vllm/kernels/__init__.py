@@ -1,5 +1,27 @@
 """One function per operation, in several implementations; ``select`` picks one at start-up."""
 
-from fastgen_vllm.kernels.select import Kernels, native, select
+from fastgen_vllm.kernels.contract import (
+    UNBOUNDED,
+    DecodeBatch,
+    HeadRules,
+    HeadState,
+    Kernels,
+    Pages,
+    ProfiledQueries,
+    PromptKeys,
+    Selected,
+)
+from fastgen_vllm.kernels.select import select
 
-__all__ = ["Kernels", "native", "select"]
+__all__ = [
+    "UNBOUNDED",
+    "DecodeBatch",
+    "HeadRules",
+    "HeadState",
+    "Kernels",
+    "Pages",
+    "ProfiledQueries",
+    "PromptKeys",
+    "Selected",
+    "select",
+]

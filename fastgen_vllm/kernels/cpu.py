@@ -1,4 +1,4 @@
-"""The native CPU kernels of csrc/cpu, with the signatures of ``kernels/reference.py``."""
+"""The native CPU kernels of csrc/cpu. Each function does what ``kernels/reference.py`` says."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastgen_vllm.kernels.contract import DecodeBatch, HeadState, Pages, ProfiledQueries, PromptKeys
 from fastgen_vllm.kernels.reference import move_pages
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "pack_slots",
     "plan_decode",
     "prefill_attention",
+    "prepare",
     "write_kv",
 ]
 
@@ -55,96 +57,100 @@ def problem(head_size: int, dtype: torch.dtype) -> str:
     return _load()
 
 
-def use_huge_pages(storage: torch.Tensor) -> None:
-    """Ask the kernel to back ``storage`` by 2 MiB pages: decode reads small pages scattered over
-    all of it, and address translation is a tenth of its time. Without effect where refused."""
-    huge, advice = 2 << 20, (14, 25)  # MADV_HUGEPAGE, MADV_COLLAPSE
-    start = -(-storage.data_ptr() // huge) * huge
-    size = (storage.data_ptr() + storage.nbytes) // huge * huge - start
+def prepare(kv: torch.Tensor) -> None:
+    """Ask the system to back ``kv`` by 2 MiB pages as it is filled: decode reads small pages
+    scattered over all of it, and address translation is a tenth of its time. Without effect where
+    the system refuses."""
+    huge, advice = 2 << 20, 14  # MADV_HUGEPAGE
+    start = -(-kv.data_ptr() // huge) * huge
+    size = (kv.data_ptr() + kv.nbytes) // huge * huge - start
     if size > 0:
-        madvise = ctypes.CDLL(None).madvise
-        for value in advice:
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), value)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
 
 
-def write_kv(
-    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor
-) -> None:
-    torch.ops.fastgen.write_kv(key.to(pages.dtype), value.to(pages.dtype), pages, slots)
+def write_kv(key: torch.Tensor, value: torch.Tensor, kv: torch.Tensor, slots: torch.Tensor) -> None:
+    torch.ops.fastgen.write_kv(key.to(kv.dtype), value.to(kv.dtype), kv, slots)
 
 
 def prefill_attention(
-    query: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    num_keys: int,
-    scale: float,
-    output: torch.Tensor,
+    query: torch.Tensor, keys: PromptKeys, scale: float, output: torch.Tensor
 ) -> torch.Tensor:
-    if query.dtype == pages.dtype == output.dtype:
-        return torch.ops.fastgen.prefill_attention(
-            query, pages, page_table, num_keys, scale, output
-        )
-    attended = torch.empty_like(query, dtype=pages.dtype)
-    lse = torch.ops.fastgen.prefill_attention(
-        query.to(pages.dtype), pages, page_table, num_keys, scale, attended
-    )
+    dtype, op = keys.kv.dtype, torch.ops.fastgen.prefill_attention
+    where = (keys.kv, keys.page_table, keys.num_keys, scale)
+    if query.dtype == dtype == output.dtype:
+        return op(query, *where, output)
+    attended = torch.empty_like(query, dtype=dtype)
+    lse = op(query.to(dtype), *where, attended)
     output.copy_(attended)
     return lse
 
 
 def attention_mass(
-    query: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    num_keys: int,
-    lse: torch.Tensor,
-    first_position: int,
-    position_step: int,
+    queries: ProfiledQueries,
+    keys: PromptKeys,
     bounds: torch.Tensor,
     scale: float,
     mass: torch.Tensor,
 ) -> None:
     torch.ops.fastgen.attention_mass(
-        query.to(pages.dtype),
-        pages,
-        page_table,
-        num_keys,
-        lse,
-        first_position,
-        position_step,
+        queries.query.to(keys.kv.dtype),
+        keys.kv,
+        keys.page_table,
+        keys.num_keys,
+        queries.lse,
+        queries.first_position,
+        queries.position_step,
         bounds,
         scale,
         mass,
     )
 
 
+def plan_decode(pages: Pages, heads: HeadState, batch: DecodeBatch) -> torch.Tensor:
+    rules = heads.rules
+    return torch.ops.fastgen.plan_decode(
+        batch.rows,
+        batch.num_tokens,
+        batch.token_classes,
+        batch.slots,
+        heads.page_table,
+        heads.table_start,
+        heads.lengths,
+        heads.num_sticky,
+        rules.sticky_kinds,
+        rules.frequent,
+        rules.local,
+        rules.least_window,
+        rules.averages,
+        heads.free_pages,
+        heads.num_free,
+        pages.positions,
+        pages.scores,
+    )
+
+
 def decode_attention(
     query: torch.Tensor,
-    pages: torch.Tensor,
-    positions: torch.Tensor,
-    rows: torch.Tensor,
-    page_table: torch.Tensor,
-    table_start: torch.Tensor,
-    lengths: torch.Tensor,
-    keeps_scores: torch.Tensor,
-    scores: torch.Tensor,
-    max_pages: int,
+    pages: Pages,
+    heads: HeadState,
+    batch: DecodeBatch,
+    layer: int,
     scale: float,
     output: torch.Tensor,
 ) -> None:
-    same = query.dtype == pages.dtype == output.dtype
-    attended = output if same else torch.empty_like(query, dtype=pages.dtype)
+    dtype = pages.kv.dtype
+    same = query.dtype == dtype == output.dtype
+    attended = output if same else torch.empty_like(query, dtype=dtype)
     torch.ops.fastgen.decode_attention(
-        query.to(pages.dtype),
-        pages,
-        positions,
-        rows,
-        page_table,
-        table_start,
-        lengths,
-        keeps_scores,
-        scores,
+        query.to(dtype),
+        pages.kv,
+        pages.positions,
+        batch.rows,
+        heads.page_table,
+        heads.table_start[:, layer],
+        heads.lengths[:, layer],
+        heads.rules.keeps_scores[:, layer],
+        pages.scores,
         scale,
         attended,
     )
@@ -152,43 +158,14 @@ def decode_attention(
         output.copy_(attended)
 
 
-def plan_decode(
-    rows: torch.Tensor,
-    num_tokens: torch.Tensor,
-    special: torch.Tensor,
-    punctuation: torch.Tensor,
-    ladder: list[torch.Tensor],
-    mean: bool,
-    page_table: torch.Tensor,
-    table_start: torch.Tensor,
-    lengths: torch.Tensor,
-    num_sticky: torch.Tensor,
-    policy: torch.Tensor,
-    free_pages: torch.Tensor,
-    num_free: torch.Tensor,
-    positions: torch.Tensor,
-    scores: torch.Tensor,
-    slots: torch.Tensor,
-) -> int:
-    return torch.ops.fastgen.plan_decode(
-        rows,
-        num_tokens,
-        special,
-        punctuation,
-        ladder,
-        mean,
-        page_table,
-        table_start,
-        lengths,
-        num_sticky,
-        policy,
-        free_pages,
-        num_free,
-        positions,
-        scores,
-        slots,
+def pack_slots(
+    pages: Pages, source: torch.Tensor, kept: torch.Tensor, target: torch.Tensor
+) -> None:
+    torch.ops.fastgen.pack_slots(
+        pages.kv,
+        pages.positions,
+        pages.scores,
+        source.contiguous(),
+        kept.contiguous(),
+        target.contiguous(),
     )
-
-
-def pack_slots(pages: torch.Tensor, page_table: torch.Tensor, kept: torch.Tensor) -> None:
-    torch.ops.fastgen.pack_slots(pages, page_table.contiguous(), kept.contiguous())

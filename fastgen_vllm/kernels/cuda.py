@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 from fastgen_vllm.kernels import triton
+from fastgen_vllm.kernels.contract import DecodeBatch, HeadState, Pages
 from fastgen_vllm.kernels.triton import (
     attention_mass,
     move_pages,
     pack_slots,
     plan_decode,
     prefill_attention,
+    prepare,
     write_kv,
 )
 from fastgen_vllm.kernels.triton.decode_attention import FirstPass, decode_in_parts
@@ -26,6 +28,7 @@ __all__ = [
     "pack_slots",
     "plan_decode",
     "prefill_attention",
+    "prepare",
     "write_kv",
 ]
 
@@ -67,8 +70,8 @@ def _attend(p: FirstPass) -> None:
     assert all(stride % 8 == 0 for stride in p.query.stride()[:3])
     tensors = (
         p.query,
-        p.pages,
-        p.positions,
+        p.pages.kv,
+        p.pages.positions,
         p.rows,
         p.page_table,
         p.table_start,
@@ -84,11 +87,11 @@ def _attend(p: FirstPass) -> None:
         heads,
         group,
         head_size,
-        p.pages.shape[1],
+        p.pages.block_size,
         p.split_slots,
         p.partial.shape[2],
         p.max_slots,
-        int(p.pages.dtype == torch.bfloat16),
+        int(p.pages.kv.dtype == torch.bfloat16),
     )
     error = _library().fastgen_decode_attention(
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
@@ -103,31 +106,12 @@ def _attend(p: FirstPass) -> None:
 
 def decode_attention(
     query: torch.Tensor,
-    pages: torch.Tensor,
-    positions: torch.Tensor,
-    rows: torch.Tensor,
-    page_table: torch.Tensor,
-    table_start: torch.Tensor,
-    lengths: torch.Tensor,
-    keeps_scores: torch.Tensor,
-    scores: torch.Tensor,
-    max_pages: int,
+    pages: Pages,
+    heads: HeadState,
+    batch: DecodeBatch,
+    layer: int,
     scale: float,
     output: torch.Tensor,
 ) -> None:
     """As ``reference.decode_attention``."""
-    decode_in_parts(
-        _attend,
-        query.to(pages.dtype),
-        pages,
-        positions,
-        rows,
-        page_table,
-        table_start,
-        lengths,
-        keeps_scores,
-        scores,
-        max_pages,
-        scale,
-        output,
-    )
+    decode_in_parts(_attend, query.to(pages.kv.dtype), pages, heads, batch, layer, scale, output)

@@ -13,6 +13,9 @@ from functools import cache
 
 import torch
 
+from fastgen_vllm.kernels.contract import PromptKeys
+from fastgen_vllm.kernels.reference import gather_keys
+
 Attend = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]
 ]
@@ -95,16 +98,10 @@ def choose(dtype: torch.dtype) -> tuple[str, Attend]:
 
 
 def prefill_attention(
-    query: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    num_keys: int,
-    scale: float,
-    output: torch.Tensor,
+    query: torch.Tensor, keys: PromptKeys, scale: float, output: torch.Tensor
 ) -> torch.Tensor:
     """As ``reference.prefill_attention``."""
-    content = pages[page_table].flatten(1, 2)[:, :num_keys].transpose(0, 1)
-    key, value = content.chunk(2, dim=-1)
-    attended, lse = choose(pages.dtype)[1](query.to(pages.dtype), key, value, scale)
+    dtype = keys.kv.dtype
+    attended, lse = choose(dtype)[1](query.to(dtype), *gather_keys(keys), scale)
     output.copy_(attended)
     return lse

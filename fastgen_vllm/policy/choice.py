@@ -1,108 +1,68 @@
-"""Policies: which keys a hybrid keeps at the end of the prompt, and the choice among hybrids.
+"""What a prompt's heads keep: the evaluation of a ladder's hybrids and the choice among them.
 
 Notation of docs/how-it-works.md: ``n`` prompt tokens, ``L`` layers, ``H`` KV heads, ``G`` query
-heads per KV head, ``C`` hybrids, ``T`` the recovery threshold. To add a component, give it a field
-in ``config.Hybrid``, a column in ``Ladder``, and its keys in ``evaluate`` and ``kept_keys``.
+heads per KV head, ``C`` hybrids, ``T`` the recovery threshold.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 
-from fastgen_vllm.policy.hybrids import Hybrid
-from fastgen_vllm.tensors import RATIO_UNIT, ceil_ratio, layers_at_once, to_device
+from fastgen_vllm.kernels.contract import UNBOUNDED, HeadRules
+from fastgen_vllm.policy.hybrids import Ladder
+from fastgen_vllm.policy.tokens import CLASS_BITS
+from fastgen_vllm.tensors import ceil_ratio, layers_at_once, to_device
+
+QueryWeighting = Literal["uniform", "recent", "last"]
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """A ladder of ``C`` hybrids as tensors, ``full`` last.
+class Profiling:
+    """How prompt queries are weighed and keys ranked.
 
     Attributes:
-        special, punctuation, full: bool ``[C]``.
-        frequent, local: int64 ``[C]``, r_f and r_l in units of 1/10000.
-        least_window: int64 ``[C]``, tokens: the local window is never narrower. At least 1, since
-            a query always sees itself.
-        least_windows: the same on the host.
+        weighting: ``uniform``; ``recent``: ``min(1, window / d)`` for the query ``d`` before the
+            prompt's end (1 for the last), with every 2nd, 4th, ... of the far ones standing for
+            the others; ``last``: the last ``window`` queries only.
+        window: queries.
+        pooling: a key's rank is the best score among this many keys around it.
+        least_window: tokens; a head that is not full keeps at least the last so many, generated
+            ones included.
+        num_sinks: the prompt's first tokens that count as special: attention sinks, which hold
+            the softmax together whatever they are.
+        value_weighting: weigh attention on a key by the norm of its value, that is by what it
+            adds to the output; sinks get much attention and add next to nothing.
     """
 
-    hybrids: tuple[Hybrid, ...]
-    least_windows: tuple[int, ...]
-    special: torch.Tensor
-    punctuation: torch.Tensor
-    full: torch.Tensor
-    frequent: torch.Tensor
-    local: torch.Tensor
-    least_window: torch.Tensor
+    weighting: QueryWeighting
+    window: int
+    pooling: int
+    least_window: int
+    num_sinks: int
+    value_weighting: bool
 
-    @classmethod
-    def from_hybrids(
-        cls, hybrids: Sequence[Hybrid], least_window: int, device: torch.device | str = "cpu"
-    ) -> Ladder:
-        def column(name: str) -> torch.Tensor:
-            return torch.tensor([getattr(h, name) for h in hybrids], device=device)
 
-        def ratio(name: str) -> torch.Tensor:
-            values = [round(getattr(h, name) * RATIO_UNIT) for h in hybrids]
-            return torch.tensor(values, dtype=torch.int64, device=device)
+@dataclass(frozen=True)
+class Goal:
+    """What a prompt is compressed to: whatever reaches the recovery ``threshold``, or ``budget``, a
+    share of the full cache's memory. The other one is None.
 
-        return cls(
-            tuple(hybrids),
-            (least_window,) * len(hybrids),
-            column("special"),
-            column("punctuation"),
-            column("full"),
-            ratio("frequent"),
-            ratio("local"),
-            torch.full((len(hybrids),), least_window, device=device),
-        )
+    ``least_tokens``: a budget leaves a prompt the memory of at least so many tokens.
+    """
 
-    @classmethod
-    def joined(cls, ladders: Sequence[Ladder]) -> Ladder:
-        """One after the other, for requests of several ladders in one batch."""
-        columns = zip(*(ladder.columns for ladder in ladders), strict=True)
-        hybrids = tuple(hybrid for ladder in ladders for hybrid in ladder.hybrids)
-        least_windows = tuple(least for ladder in ladders for least in ladder.least_windows)
-        return cls(hybrids, least_windows, *(torch.cat(column) for column in columns))
+    threshold: float | None
+    budget: float | None
+    least_tokens: int = 1
 
     @property
-    def columns(self) -> list[torch.Tensor]:
-        """What the decode step needs to know of every hybrid."""
-        sticky = [self.special, self.punctuation]
-        return [*sticky, self.full, self.frequent, self.local, self.least_window]
-
-    def widths(self, num_tokens: int) -> list[int]:
-        """The width of every hybrid's local window in a prompt of ``num_tokens``."""
-        return [
-            min(max(h.count("local", num_tokens), least), num_tokens)
-            for h, least in zip(self.hybrids, self.least_windows, strict=True)
-        ]
-
-    def windows(self, num_tokens: int) -> list[int]:
-        """Distinct widths of the local windows of hybrids that are not full, ascending."""
-        widths = zip(self.hybrids, self.widths(num_tokens), strict=True)
-        return sorted({width for h, width in widths if not h.full}) or [num_tokens]
-
-    def sticky(
-        self, policy: torch.Tensor, special: torch.Tensor, punctuation: torch.Tensor
-    ) -> torch.Tensor:
-        """Special and punctuation tokens that each head's policy keeps for good.
-
-        Args:
-            policy: int64 ``[...]``, index into the ladder.
-            special, punctuation: bool ``[n]``.
-
-        Returns:
-            bool ``[..., n]``.
-        """
-        return (self.special[policy][..., None] & special) | (
-            self.punctuation[policy][..., None] & punctuation
-        )
+    def keeps_everything(self) -> bool:
+        return 1.0 in (self.threshold, self.budget)
 
 
 @dataclass(frozen=True)
@@ -111,20 +71,26 @@ class PromptStats:
 
     Attributes:
         mass: float32 ``[L, H, G, n, B + 1]``, the attention that each key receives of the queries,
-            which count as ``config.Profiling`` says, by distance bucket. The buckets are bounded
-            by ``Ladder.windows``. ``G`` is 1 where the group's mean is all that is asked.
+            which count as ``Profiling`` says, by distance bucket. The buckets are bounded by
+            ``Ladder.windows``. ``G`` is 1 where the group's mean is all that is asked.
         value_norms: float32 ``[L, H, n]``, what attention on a key counts.
         scores: float32 ``[L, H, n]``, the order among keys for the frequent component.
-        special, punctuation: bool ``[n]``.
+        sums: float32 ``[L, H, n]``, where the sums of the decode steps go on from.
+        token_classes: uint8 ``[n]``, sinks among the special tokens.
         page_size: slots per page, the unit of memory.
     """
 
     mass: torch.Tensor
     value_norms: torch.Tensor
     scores: torch.Tensor
-    special: torch.Tensor
-    punctuation: torch.Tensor
+    sums: torch.Tensor
+    token_classes: torch.Tensor
     page_size: int
+    profiling: Profiling
+
+    @property
+    def num_tokens(self) -> int:
+        return self.scores.shape[-1]
 
     @cached_property
     def order(self) -> torch.Tensor:
@@ -139,22 +105,44 @@ class PromptStats:
         mass = self.mass[layers] * self.value_norms[layers][:, :, None, :, None]
         return mass.div_(mass.sum((-1, -2), keepdim=True))
 
+    def with_sinks_alone(self) -> PromptStats:
+        """The same, with no sticky tokens but the sinks."""
+        none = torch.zeros_like(self.token_classes)
+        return replace(self, token_classes=with_sinks(none, self.profiling.num_sinks))
+
+
+def with_sinks(token_classes: torch.Tensor, num_sinks: int) -> torch.Tensor:
+    """uint8 ``[n]``, the first tokens among the special ones."""
+    is_sink = torch.arange(len(token_classes), device=token_classes.device) < num_sinks
+    return token_classes | is_sink.to(torch.uint8) * CLASS_BITS["special"]
+
 
 @dataclass(frozen=True)
 class Choice:
-    """The policies of one request.
+    """What the heads of one request keep.
 
     Attributes:
-        policy: int64 ``[L, H]``, index into the ladder.
-        recovery: float32 ``[L, H]``, the mass that the chosen policy keeps.
+        rules: ``[L, H]``, how they go on while decoding.
         kept: bool ``[L, H, n]``.
         sticky: bool ``[L, H, n]``, those of them that are never evicted.
+        scores: float32 ``[L, H, n]``, where the sums of heads that keep scores go on from.
+        recovery: float32 ``[L, H]``, the mass that is kept, as far as the method knows it.
     """
 
-    policy: torch.Tensor
-    recovery: torch.Tensor
+    rules: HeadRules
     kept: torch.Tensor
     sticky: torch.Tensor
+    scores: torch.Tensor
+    recovery: torch.Tensor
+
+    @classmethod
+    def everything(cls, shape: tuple[int, int, int], device: torch.device) -> Choice:
+        """Full heads: ``shape`` is ``(L, H, n)``."""
+        rules = HeadRules.zeros(shape[:2], device)
+        rules.least_window.fill_(UNBOUNDED)
+        kept = torch.ones((), dtype=torch.bool, device=device).expand(shape)
+        scores = torch.zeros((), device=device).expand(shape)
+        return cls(rules, kept, ~kept, scores, torch.ones(shape[:2], device=device))
 
 
 @dataclass(frozen=True)
@@ -170,79 +158,113 @@ class Evaluation:
     recovery: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Rungs:
+    """Hybrids that keep the same tokens but for their frequent ones.
+
+    Attributes:
+        where: int64, positions of sticky tokens.
+        always: bool ``[n]``, keys that they keep at the end of the prompt.
+        counts: of each, by its index in the ladder: the frequent tokens that it keeps.
+        num_always: keys in ``always``.
+    """
+
+    where: torch.Tensor
+    always: torch.Tensor
+    counts: dict[int, int]
+    num_always: int
+
+
 def evaluate(ladder: Ladder, stats: PromptStats) -> Evaluation:
     """Memory and recovery of every hybrid for every head, from column sums alone.
 
     Keys are ranked once. For each window and each set of sticky tokens, a running sum over the
     ranked keys that neither keeps then gives the recovery for every r_f.
     """
-    n, device = stats.mass.shape[3], stats.mass.device
-    positions = torch.arange(n, device=device)
-    members: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
-    for i, (hybrid, window) in enumerate(zip(ladder.hybrids, ladder.widths(n), strict=True)):
-        if not hybrid.full:
-            members[window, hybrid.special, hybrid.punctuation].append(i)
-    sticky_at = {}
-    for _, special, punctuation in members:
-        if (special, punctuation) not in sticky_at:
-            sticky = stats.special & special | stats.punctuation & punctuation
-            where = sticky.nonzero()[:, 0]
-            sticky_at[special, punctuation] = sticky, where, where.tolist()
-    kept = torch.full((len(ladder.hybrids),), n)
-    recovery = torch.ones(len(ladder.hybrids), *stats.mass.shape[:3], device=device)
+    kept = torch.full((len(ladder.hybrids),), stats.num_tokens)
+    rungs = _rungs_by_window(ladder, stats)
+    for group in (group for groups in rungs.values() for group in groups):
+        for i, count in group.counts.items():
+            kept[i] = group.num_always + count
+    recovery = torch.ones(len(ladder.hybrids), *stats.mass.shape[:3], device=stats.mass.device)
     for layers in layers_at_once(stats.mass[..., 0]):
-        mass, order = stats.shares(layers), stats.order[layers, :, None].long()
-        near, total = torch.zeros_like(mass[..., 0]), mass.sum(-1)
-        for bucket, window in enumerate(ladder.windows(n)):
-            near = near + mass[..., bucket]
-            far = total - near
-            ranked_far = far.gather(-1, order.expand_as(far))
-            for special, punctuation in sticky_at:
-                group = members.get((window, special, punctuation))
-                if group is None:
-                    continue
-                sticky, where, on_host = sticky_at[special, punctuation]
-                always = sticky | (positions >= n - window)
-                num_always = window + bisect_left(on_host, n - window)
-                base = near.sum(-1) + far[..., where].sum(-1)
-                candidate = ~always[order]
-                gain = (ranked_far * candidate).cumsum(-1)
-                rank = candidate.cumsum(-1, dtype=torch.int32)
-                for i in group:
-                    count = min(ladder.hybrids[i].count("frequent", n), n - num_always)
-                    kept[i] = num_always + count
-                    recovery[i, layers] = base
-                    if count:
-                        last = torch.searchsorted(rank, rank.new_full((*rank.shape[:-1], 1), count))
-                        last = last.expand(*gain.shape[:-1], 1)
-                        recovery[i, layers] += gain.gather(-1, last)[..., 0]
+        for i, found in _recoveries(rungs, stats, layers):
+            recovery[i, layers] = found
     # The paper's ladder asks for the group's mean, which is then all there is in G; else its worst.
     return Evaluation(-(-kept // stats.page_size), recovery.amin(-1))
 
 
+def _rungs_by_window(ladder: Ladder, stats: PromptStats) -> dict[int, list[_Rungs]]:
+    n = stats.num_tokens
+    position = torch.arange(n, device=stats.token_classes.device)
+    members: dict[tuple[int, int], list[int]] = {}
+    for i, (hybrid, window) in enumerate(zip(ladder.hybrids, ladder.widths(n), strict=True)):
+        if not hybrid.full:
+            members.setdefault((window, hybrid.sticky_kinds), []).append(i)
+    places: dict[int, tuple[torch.Tensor, list[int]]] = {}
+    for _, kinds in members:
+        if kinds not in places:
+            where = (stats.token_classes & kinds).nonzero()[:, 0]
+            places[kinds] = where, where.tolist()
+    found: dict[int, list[_Rungs]] = {}
+    for (window, kinds), indices in sorted(members.items()):
+        where, on_host = places[kinds]
+        always = ((stats.token_classes & kinds) != 0) | (position >= n - window)
+        num_always = window + bisect_left(on_host, n - window)
+        counts = {i: min(ladder.hybrids[i].count("frequent", n), n - num_always) for i in indices}
+        found.setdefault(window, []).append(_Rungs(where, always, counts, num_always))
+    return found
+
+
+def _recoveries(
+    rungs: dict[int, list[_Rungs]], stats: PromptStats, layers: slice
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Of each hybrid, by its index: float32 ``[layers, H, G]``."""
+    mass, order = stats.shares(layers), stats.order[layers, :, None].long()
+    near, total = torch.zeros_like(mass[..., 0]), mass.sum(-1)
+    for bucket, groups in enumerate(rungs[window] for window in sorted(rungs)):
+        near = near + mass[..., bucket]
+        far = total - near
+        ranked_far = far.gather(-1, order.expand_as(far))
+        for group in groups:
+            base = near.sum(-1) + far[..., group.where].sum(-1)
+            candidate = ~group.always[order]
+            gain = (ranked_far * candidate).cumsum(-1)
+            rank = candidate.cumsum(-1, dtype=torch.int32)
+            for i, count in group.counts.items():
+                yield i, base + _gain_of(gain, rank, count) if count else base
+
+
+def _gain_of(gain: torch.Tensor, rank: torch.Tensor, count: int) -> torch.Tensor:
+    last = torch.searchsorted(rank, rank.new_full((*rank.shape[:-1], 1), count))
+    return gain.gather(-1, last.expand(*gain.shape[:-1], 1))[..., 0]
+
+
 def kept_keys(ladder: Ladder, stats: PromptStats, policy: torch.Tensor) -> Choice:
-    """The keys that each head's policy keeps after the prompt; ``recovery`` is left at 1.
+    """What each head's policy keeps after the prompt; ``recovery`` is left at 1.
 
     Args:
-        policy: int64 ``[L, H]``.
+        policy: int64 ``[L, H]``, index into the ladder.
     """
-    n, device = stats.scores.shape[-1], policy.device
-    widths = to_device(torch.tensor(ladder.widths(n)), device)
-    positions = torch.arange(n, device=device)
+    n, device, rules = stats.num_tokens, policy.device, ladder.rules[policy]
+    widths = to_device(torch.tensor(ladder.widths(n)), device)[policy]
+    full = ladder.is_full[policy]
+    counts = ceil_ratio(rules.frequent, torch.tensor(n))
+    position = torch.arange(n, device=device)
     kept = torch.empty_like(stats.scores, dtype=torch.bool)
     sticky = torch.empty_like(kept)
     for layers in layers_at_once(kept):
-        own, order = policy[layers], stats.order[layers].long()
-        sticky[layers] = ladder.sticky(own, stats.special, stats.punctuation)
-        always = sticky[layers] | (positions >= n - widths[own][..., None])
-        count = ceil_ratio(ladder.frequent[own], torch.tensor(n))
+        order = stats.order[layers].long()
+        sticky[layers] = (rules.sticky_kinds[layers][..., None] & stats.token_classes) != 0
+        always = sticky[layers] | (position >= n - widths[layers][..., None])
         candidate = ~always.gather(-1, order)
-        chosen = ~candidate | (candidate.cumsum(-1, dtype=torch.int32) <= count[..., None])
-        kept[layers] = always.scatter(-1, order, chosen) | ladder.full[own][..., None]
-    return Choice(policy, torch.ones(policy.shape), kept, sticky)
+        ranks = candidate.cumsum(-1, dtype=torch.int32)
+        chosen = ~candidate | (ranks <= counts[layers][..., None])
+        kept[layers] = always.scatter(-1, order, chosen) | full[layers][..., None]
+    return Choice(rules, kept, sticky, stats.sums, torch.ones(policy.shape, device=device))
 
 
-def choose(ladder: Ladder, stats: PromptStats, threshold: float) -> Choice:
+def reach_threshold(ladder: Ladder, stats: PromptStats, threshold: float) -> Choice:
     """The cheapest hybrid per head whose recovery reaches the threshold (arXiv 2310.01801, eq. 2).
 
     Memory is counted in pages, so a choice that saves none is not made: among hybrids of equal
@@ -250,7 +272,7 @@ def choose(ladder: Ladder, stats: PromptStats, threshold: float) -> Choice:
     """
     found = evaluate(ladder, stats)
     pages = to_device(found.pages, found.recovery.device)[:, None, None]
-    able = (found.recovery >= threshold) | ladder.full[:, None, None]
+    able = (found.recovery >= threshold) | ladder.is_full[:, None, None]
     cost = torch.where(able, pages, pages.max() + 1)
     return _take(ladder, stats, found, torch.where(cost == cost.amin(0), found.recovery, -1.0))
 
@@ -259,12 +281,29 @@ def share_budget(ladder: Ladder, stats: PromptStats, budget: float) -> Choice:
     """The hybrids of highest total recovery whose memory is at most ``budget`` of the full cache's,
     or the cheapest of every head where even those need more.
 
+    Where the sticky tokens alone would take more than the budget, they compete like others, so that
+    no prompt can undo it.
+    """
+    found = evaluate(ladder, stats)
+    if int(found.pages.min()) > budget * int(found.pages.max()):
+        bare = stats.with_sinks_alone()
+        less = evaluate(ladder, bare)
+        if int(less.pages.min()) < int(found.pages.min()):
+            stats, found = bare, less
+    taken = _share(ladder, found, budget)
+    value = torch.zeros(found.recovery.shape).flatten(1).scatter(0, taken[None], 1.0)
+    value = value.to(found.recovery.device).view_as(found.recovery)
+    return _take(ladder, stats, found, value)
+
+
+def _share(ladder: Ladder, found: Evaluation, budget: float) -> torch.Tensor:
+    """Index of each head's hybrid: int64 ``[L * H]`` on the CPU.
+
     Lagrangian relaxation: at a price per page each head takes the hybrid of highest recovery less
     its memory's price, and bisection finds the lowest price at which the sum fits. What is left
     over goes, step by step, to the head that gains most recovery per page. These figures are few
     and looked at often, so they come to the CPU.
     """
-    found = evaluate(ladder, stats)
     recovery = found.recovery.clamp(max=1.0).flatten(1).double().cpu()
     full = torch.tensor([hybrid.full for hybrid in ladder.hybrids])
     recovery[(found.pages == found.pages.max()) & ~full] = 0.0  # full needs no more
@@ -282,18 +321,15 @@ def share_budget(ladder: Ladder, stats: PromptStats, budget: float) -> Choice:
         fits = (more > 0) & (more <= room - int(pages.gather(0, taken).sum()))
         worth = torch.where(fits & (gain > 0), gain / more.clamp(min=1), 0.0)
         if not worth.any():
-            break
+            return taken[0]
         best = int(worth.argmax())
         taken[0, best % worth.shape[1]] = best // worth.shape[1]
-    value = torch.zeros_like(recovery).scatter(0, taken, 1.0).to(found.recovery.device)
-    return _take(ladder, stats, found, value.view_as(found.recovery))
 
 
 def _take(ladder: Ladder, stats: PromptStats, found: Evaluation, value: torch.Tensor) -> Choice:
     # Full saves no page against itself, so it wins over whatever needs as many. max() of a bool
     # picks the first True: among equals, the earlier rung.
-    value = torch.where(ladder.full[:, None, None] & (value > 0), 2.0, value)
+    value = torch.where(ladder.is_full[:, None, None] & (value > 0), 2.0, value)
     policy = (value == value.amax(0)).max(0).indices
-    choice = kept_keys(ladder, stats, policy)
     recovery = found.recovery.gather(0, policy[None])[0]
-    return Choice(policy, recovery, choice.kept, choice.sticky)
+    return replace(kept_keys(ladder, stats, policy), recovery=recovery)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastgen_vllm.cache.head_tables import ENTRIES_PER_PAGE
+from fastgen_vllm.cache.head_tables import row_bytes, table_entries
 from fastgen_vllm.config import FastGenConfig
-from fastgen_vllm.policy.choice import Ladder
 from fastgen_vllm.tensors import LOGITS_BYTES, MOST_AT_ONCE
 
 SLOT_BYTES = 8
 """Of a slot: its position and its score."""
 
-PAGE_BYTES = 4 * ENTRIES_PER_PAGE
-"""Of a page: entries of the page table."""
+ENTRY_BYTES = 4
+"""Of an entry of the page table."""
 
 KEY_BYTES = 32
 """Of a prompt's key in a KV head until the prompt is compressed, beside its attention mass: the
@@ -51,8 +50,18 @@ class Load:
 
 
 def for_each_kv_byte(config: FastGenConfig, load: Load) -> float:
-    """Bytes of metadata and tables for each byte of the KV cache."""
-    return (SLOT_BYTES + PAGE_BYTES / config.block_size) / load.slot_bytes
+    """Bytes of metadata and of the page table for each byte of the KV cache."""
+    some_blocks = 1 << 20
+    entries = table_entries(some_blocks, 0) / some_blocks
+    return (SLOT_BYTES + ENTRY_BYTES * entries / config.block_size) / load.slot_bytes
+
+
+def for_requests(load: Load) -> int:
+    """Bytes of the head tables' rows, of what each can grow by in the page table, and of the slots
+    that a step writes to."""
+    slot = 8
+    entries = ENTRY_BYTES * table_entries(0, load.max_requests)
+    return load.keys * (load.max_requests * (row_bytes() + slot) + entries)
 
 
 def for_prompts(config: FastGenConfig, load: Load) -> int:
@@ -60,7 +69,7 @@ def for_prompts(config: FastGenConfig, load: Load) -> int:
 
     Beside prompts that are under way a step can hold other prompts' first chunks, or short ones.
     """
-    ladder = Ladder.from_hybrids(config.hybrids, config.profiling.least_window)
+    ladder = config.ladder_on("cpu")
     groups = load.group_size if config.group_reduction == "min" else 1
     mass = 4 * groups * (len(ladder.windows(load.longest)) + 1)
     tokens = load.partial * load.longest + load.tokens_per_step

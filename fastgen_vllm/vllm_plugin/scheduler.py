@@ -9,7 +9,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from fastgen_vllm.runtime.runtime import Kept, StepReport
+from fastgen_vllm.runtime.report import Kept, StepReport
 from fastgen_vllm.vllm_plugin.block_manager import FastGenBlockManager
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
 
@@ -37,7 +37,7 @@ class FastGenSchedulerMixin(SchedulerBase):
         logger.info(
             "FASTGEN: %s, %d head pages of %d tokens per block, "
             "prompts from %d tokens are compressed",
-            config.goal,
+            config.description,
             manager.pages_per_block,
             config.block_size,
             config.min_prompt_tokens,

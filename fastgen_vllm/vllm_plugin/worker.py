@@ -12,10 +12,11 @@ from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from fastgen_vllm.config import RequestOverride
 from fastgen_vllm.errors import FastGenConfigError
-from fastgen_vllm.kernels import libraries, native, reference
-from fastgen_vllm.policy.tokens import TokenFlags
+from fastgen_vllm.kernels import libraries
+from fastgen_vllm.policy.tokens import token_classes
 from fastgen_vllm.runtime import footprint
-from fastgen_vllm.runtime.runtime import PendingReport, Runtime
+from fastgen_vllm.runtime.report import PendingReport
+from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.warm_up import warm_up
 from fastgen_vllm.vllm_plugin import flash_attention
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
@@ -43,6 +44,7 @@ class FastGenWorkerMixin(WorkerBase):
         available = super().determine_available_memory()
         config, load = fastgen_config(self.vllm_config), self._load()
         fixed = footprint.for_prompts(config, load) + footprint.for_attention(load)
+        fixed += footprint.for_requests(load)
         share = footprint.for_each_kv_byte(config, load)
         kv = self.cache_config.kv_cache_memory_bytes or int((available - fixed) / (1 + share))
         beside = fixed + int(share * kv)
@@ -81,7 +83,7 @@ class FastGenWorkerMixin(WorkerBase):
         layers = [context[name] for name in group.layer_names]
         kv = _pool_view([layer.kv_cache for layer in layers])
         config = fastgen_config(self.vllm_config)
-        flags = TokenFlags.from_tokenizer(
+        classes = token_classes(
             cached_tokenizer_from_config(model_config),
             model_config.get_vocab_size(),
             config.extra_special_tokens,
@@ -91,7 +93,7 @@ class FastGenWorkerMixin(WorkerBase):
         scheduler = self.vllm_config.scheduler_config
         self.runtime = Runtime(
             config,
-            flags.to(kv.device),
+            classes.to(kv.device),
             kv,
             layers[0].num_heads // layers[0].num_kv_heads,
             scheduler.max_num_seqs,
@@ -100,9 +102,8 @@ class FastGenWorkerMixin(WorkerBase):
         logger.info("FASTGEN: %s kernels on %s", self.runtime.kernels.NAME, kv.device.type)
         if kv.device.type == "cuda":
             logger.info("FASTGEN: prefill attention from %s", libraries.choose(kv.dtype)[0])
-        unserved = native(kv.device.type)
-        if unserved and config.kernels == "auto" and self.runtime.kernels is reference:
-            problem = unserved.problem(kv.shape[-1] // 2, kv.dtype)
+        if self.runtime.why_not_faster and config.kernels == "auto":
+            problem = self.runtime.why_not_faster
             logger.warning("FASTGEN: the native kernels are not used, which is slower: %s", problem)
         stride = kv.stride(1)
         for layer in layers:

@@ -4,11 +4,21 @@ float64. Tensors are made on torch's default device, so that the same cases run 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from fastgen_vllm.kernels import Kernels, reference
+from fastgen_vllm.kernels import (
+    UNBOUNDED,
+    DecodeBatch,
+    HeadRules,
+    HeadState,
+    Kernels,
+    Pages,
+    ProfiledQueries,
+    PromptKeys,
+    reference,
+)
 
 GROUPS = (1, 3, 4, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,8 +41,7 @@ class Prompt:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    pages: torch.Tensor
-    page_table: torch.Tensor
+    keys: PromptKeys
 
     @classmethod
     def random(
@@ -57,7 +66,8 @@ class Prompt:
         slots = page_table[:, positions // block_size] * block_size + positions % block_size
         pages = pages.to(dtype)
         kernels.write_kv(key, value, pages, slots.T.contiguous())
-        return cls(query[m - c :].unflatten(1, (heads, group)), key, value, pages, page_table)
+        keys = PromptKeys(pages, page_table, m)
+        return cls(query[m - c :].unflatten(1, (heads, group)), key, value, keys)
 
     def probs(self) -> torch.Tensor:
         """``[H, G, c, m]`` in float64, by explicit loops over heads."""
@@ -78,8 +88,7 @@ def prefill_and_mass(
     prompt = Prompt.random(kernels, c, m, group, 64, dtype, seed=seed)
     probs = prompt.probs()
     output = torch.full_like(prompt.query, float("nan"))
-    args = (prompt.pages, prompt.page_table, m)
-    lse = kernels.prefill_attention(prompt.query, *args, SCALE, output)
+    lse = kernels.prefill_attention(prompt.query, prompt.keys, SCALE, output)
     close(output, torch.einsum("hgqk,khd->qhgd", probs, prompt.value.double()), dtype)
 
     bounds = torch.tensor([1, 4, 20, 100])
@@ -90,9 +99,8 @@ def prefill_and_mass(
         distance = torch.arange(m - c, m)[chosen, None] - torch.arange(m)
         for groups in {1, group}:
             mass = torch.ones(2, groups, m + 5, 5)
-            kernels.attention_mass(
-                prompt.query[chosen], *args, lse[chosen], m - c + skip, step, bounds, SCALE, mass
-            )
+            queries = ProfiledQueries(prompt.query[chosen], lse[chosen], m - c + skip, step)
+            kernels.attention_mass(queries, prompt.keys, bounds, SCALE, mass)
             reduced = probs.sum(1, keepdim=True) if groups == 1 else probs
             for bucket in range(5):
                 inside = (distance >= edges[bucket]) & (distance < edges[bucket + 1])
@@ -106,7 +114,7 @@ def head_and_block_size(
 ) -> None:
     prompt = Prompt.random(kernels, 9, 77, 2, head_size, dtype, block_size, seed)
     output = torch.empty_like(prompt.query)
-    kernels.prefill_attention(prompt.query, prompt.pages, prompt.page_table, 77, SCALE, output)
+    kernels.prefill_attention(prompt.query, prompt.keys, SCALE, output)
     expected = torch.einsum("hgqk,khd->qhgd", prompt.probs(), prompt.value.double())
     close(output, expected, dtype)
     decode(kernels, [[1, 8], [9, 300]], 2, head_size, block_size, dtype, seed)
@@ -123,74 +131,88 @@ def decode(
 ) -> None:
     """Every fifth slot is evicted and holds NaN; head 0 keeps scores, head 1 does not."""
     torch.manual_seed(seed)
-    width = -(-max(map(max, lengths)) // block_size) + 1
+    width, num_rows, layer = -(-max(map(max, lengths)) // block_size) + 1, len(lengths) + 1, 1
     num_pages = 2 * len(lengths) * width + 1
-    pages = torch.full((num_pages, block_size, 2 * head_size), float("nan"), dtype=dtype)
+    kv = torch.full((num_pages, block_size, 2 * head_size), float("nan"), dtype=dtype)
     positions = torch.full((num_pages, block_size), -1, dtype=torch.int32)
-    scores = torch.rand(num_pages, block_size)
-    table = torch.zeros(len(lengths) + 1, 2, width, dtype=torch.int32)
-    start = width * torch.arange(2 * len(lengths) + 2).view(-1, 2)
-    used = torch.zeros(len(lengths) + 1, 2, dtype=torch.int32)
-    keeps_scores = torch.tensor([[True, False]]).repeat(len(lengths) + 1, 1)
+    pages = Pages(kv, positions, torch.rand(num_pages, block_size))
+    table = torch.zeros(num_rows, 2, 2, width, dtype=torch.int32)
+    shape = table.shape[:3]
+    heads = HeadState(
+        table.view(-1),
+        width * torch.arange(4 * num_rows).view(shape),
+        torch.zeros(shape, dtype=torch.int32),
+        torch.zeros(shape, dtype=torch.int32),
+        HeadRules.zeros(shape, table.device),
+        torch.zeros(num_rows, 1, dtype=torch.int32),
+        torch.zeros(num_rows, dtype=torch.int32),
+    )
+    heads.rules.keeps_scores[..., 0] = True
     rows = torch.arange(len(lengths)).flip(0) + 1
     query = torch.randn(len(lengths), 2, group, head_size, dtype=dtype)
     free = iter(torch.randperm(num_pages - 1).add(1).tolist())
     for n, row in enumerate(rows.tolist()):
         for h, length in enumerate(lengths[n]):
-            used[row, h] = length
+            heads.lengths[row, layer, h] = length
             for slot in range(length):
                 if slot % block_size == 0:
-                    table[row, h, slot // block_size] = next(free)
+                    table[row, layer, h, slot // block_size] = next(free)
                 if slot % 5 != 3:
-                    page = table[row, h, slot // block_size]
+                    page = table[row, layer, h, slot // block_size]
                     positions[page, slot % block_size] = slot
-                    pages[page, slot % block_size] = torch.randn(2 * head_size).to(dtype)
-    before, output = scores.clone(), torch.full_like(query, float("nan"))
-    kernels.decode_attention(
-        query,
-        pages,
-        positions,
-        rows,
-        table.flatten(),
-        start,
-        used,
-        keeps_scores,
-        scores,
-        width - 1,
-        SCALE,
-        output,
-    )
-    untouched = torch.ones_like(scores, dtype=torch.bool)
+                    kv[page, slot % block_size] = torch.randn(2 * head_size).to(dtype)
+    before, output = pages.scores.clone(), torch.full_like(query, float("nan"))
+    kernels.decode_attention(query, pages, heads, _batch(rows, width - 1), layer, SCALE, output)
+    untouched = torch.ones_like(before, dtype=torch.bool)
     for n, row in enumerate(rows.tolist()):
         for h in range(2):
-            own = table[row, h][table[row, h] > 0].long()
+            own = table[row, layer, h][table[row, layer, h] > 0].long()
             live = positions[own].flatten() >= 0
-            key, value = pages[own].flatten(0, 1)[live].double().chunk(2, -1)
+            key, value = kv[own].flatten(0, 1)[live].double().chunk(2, -1)
             expected = (query[n, h].double() @ key.T * SCALE).softmax(-1)
             close(output[n, h], expected @ value, dtype)
             if h == 0:
-                added = (scores - before)[own].flatten()[live]
+                added = (pages.scores - before)[own].flatten()[live]
                 close(added, expected.sum(0), dtype)
                 untouched[own] = ~(positions[own] >= 0)
-    assert torch.equal(scores[untouched], before[untouched])
+    assert torch.equal(pages.scores[untouched], before[untouched])
+
+
+def _batch(rows: torch.Tensor, max_pages: int) -> DecodeBatch:
+    none = torch.zeros(len(rows), dtype=torch.int64)
+    slots = torch.full((len(rows), 2, 2), -7)
+    return DecodeBatch(rows, none, none.to(torch.uint8), slots, max_pages)
+
+
+RULES = [
+    # sticky kinds, frequent, local, least window, keeps scores, averages
+    (0b01, 0, 0, 1, False, False),
+    (0b11, 500, 0, 12, True, True),
+    (0b01, 300, 300, 1, True, False),
+    (0b10, 0, 700, 20, False, True),
+    (0b00, 0, 0, UNBOUNDED, False, False),
+]
+"""Some that evict always, some by score, and one that never does."""
+
+
+def rules_of(which: torch.Tensor) -> HeadRules:
+    """``RULES[which]``, elementwise."""
+    columns = zip(*RULES, strict=True)
+    found = HeadRules.zeros(tuple(which.shape), which.device)
+    for tensor, column in zip(found.tensors(), columns, strict=True):
+        tensor.copy_(torch.tensor(column, device=which.device)[which])
+    return found
 
 
 @dataclass
 class Tables:
     """Random decode state of ``R`` rows, ``L = H = 2``."""
 
-    page_table: torch.Tensor
-    table_start: torch.Tensor
-    lengths: torch.Tensor
-    num_sticky: torch.Tensor
-    policy: torch.Tensor
-    free_pages: torch.Tensor
-    num_free: torch.Tensor
-    positions: torch.Tensor
-    scores: torch.Tensor
+    pages: Pages
+    heads: HeadState
 
     @classmethod
-    def random(cls, num_rows: int, block_size: int, num_hybrids: int) -> Tables:
+    def random(cls, num_rows: int, block_size: int, which: torch.Tensor | None = None) -> Tables:
         width, shape = 6, (num_rows, 2, 2)
         lengths = torch.randint(1, 4 * block_size, shape, dtype=torch.int32)
         lengths[0] = block_size  # appends into a new page
@@ -210,99 +232,129 @@ class Tables:
             scores[own[0], 0] = float("inf")
             page_table[tuple(index)][-(-length // block_size) :] = 0
         free = order[num_rows * 4 * (width - 1) :].view(num_rows, 4)
-        return cls(
+        if which is None:
+            which = torch.randint(0, len(RULES), shape)
+        heads = HeadState(
             page_table.flatten(),
             torch.arange(0, page_table.numel(), width).view(shape),
             lengths,
             torch.ones(shape, dtype=torch.int32),
-            torch.randint(0, num_hybrids, shape),
+            rules_of(which),
             torch.nn.functional.pad(free, (0, 4)),
             torch.full((num_rows,), 4, dtype=torch.int32),
-            positions,
-            scores,
+        )
+        kv = torch.zeros(num_pages, block_size, 8)
+        return cls(Pages(kv, positions, scores), heads)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that a step may change."""
+        heads = {k: v for k, v in vars(self.heads).items() if isinstance(v, torch.Tensor)}
+        return {**heads, "positions": self.pages.positions, "scores": self.pages.scores}
+
+    def give_back_a_block(self) -> None:
+        """Four free pages again where some were taken, and they are new."""
+        heads, pages = self.heads, self.pages
+        heads.num_free[heads.num_free < 4] = 4
+        fresh = torch.arange(len(pages.kv), len(pages.kv) + 4 * len(heads.num_free))
+        heads.free_pages[:, :4] = fresh.view(-1, 4).int()
+        more = (0, 0, 0, len(fresh))
+        self.pages = Pages(
+            torch.nn.functional.pad(pages.kv, (0, 0, *more)),
+            torch.nn.functional.pad(pages.positions, more, value=-1),
+            torch.nn.functional.pad(pages.scores, more),
         )
 
 
-def plan_decode(kernels: Kernels, block_size: int, mean: bool, seed: int = 0) -> None:
+def plan_decode(kernels: Kernels, block_size: int, seed: int = 0) -> None:
     """The same slots and tables as the reference, step after step."""
     torch.manual_seed(seed)
-    ladder = [
-        torch.tensor([True, True, False, False, False]),
-        torch.tensor([False, True, False, True, False]),
-        torch.tensor([False, False, False, False, True]),
-        torch.tensor([0, 500, 300, 0, 0]),
-        torch.tensor([0, 0, 300, 700, 0]),
-        torch.tensor([1, 12, 1, 20, 1]),
-    ]
-    ours, evictions = Tables.random(5, block_size, 5), 0
+    ours, evictions = Tables.random(5, block_size), 0
     wanted = copy.deepcopy(ours)
     rows = torch.tensor([3, 0, 4])
     for step in range(2 * block_size):
         t = torch.tensor([201, 230, 222]) + step
-        special, punctuation = torch.rand(2, 3) < 0.3
-        slots = torch.full((2, 3, 2, 2), -7)
-        before = ours.lengths.clone()
-        for which, (tables, ops) in enumerate(((ours, kernels), (wanted, reference))):
-            state = [getattr(tables, f.name) for f in fields(Tables)]
-            arguments = (rows, t, special, punctuation, ladder, mean, *state, slots[which])
-            assert int(ops.plan_decode(*arguments)) == -1
-        evictions += int((ours.lengths == before)[rows].sum())
-        assert torch.equal(slots[0], slots[1])
-        for field in fields(Tables):
-            assert torch.equal(getattr(ours, field.name), getattr(wanted, field.name)), field.name
-        # A new page takes from the request's stack; the test gives one block of four back.
-        for tables in (ours, wanted):
-            grown = tables.num_free < 4
-            tables.num_free[grown] = 4
-            tables.free_pages[grown, :4] = 0
-            fresh = torch.arange(len(tables.positions), len(tables.positions) + 4 * len(grown))
-            tables.free_pages[:, :4] = fresh.view(-1, 4).int()
-            more = 4 * len(grown)
-            tables.positions = torch.nn.functional.pad(tables.positions, (0, 0, 0, more), value=-1)
-            tables.scores = torch.nn.functional.pad(tables.scores, (0, 0, 0, more))
+        classes = (torch.rand(3) < 0.3).to(torch.uint8) + 2 * (torch.rand(3) < 0.3).to(torch.uint8)
+        before, slots = ours.heads.lengths.clone(), []
+        for tables, ops in ((ours, kernels), (wanted, reference)):
+            batch = DecodeBatch(rows, t, classes, torch.full((3, 2, 2), -7), 6)
+            assert int(ops.plan_decode(tables.pages, tables.heads, batch)) == -1
+            slots.append(batch.slots)
+        evictions += int((ours.heads.lengths == before)[rows].sum())
+        assert torch.equal(*slots)
+        for name, tensor in ours.state().items():
+            assert torch.equal(tensor, wanted.state()[name]), name
+        ours.give_back_a_block()
+        wanted.give_back_a_block()
     assert evictions > 20
 
 
 def plan_decode_short_of_pages(kernels: Kernels, seed: int = 0) -> None:
+    """Such requests are left as they were, their tokens go to page 0, and others go on."""
     torch.manual_seed(seed)
-    tables = Tables.random(2, 16, 1)
-    tables.num_free[:] = 3
-    ladder = [torch.tensor([x]) for x in (False, False, True)] + [torch.tensor([0])] * 2
-    ladder += [torch.tensor([1])]
-    state = [getattr(tables, f.name) for f in fields(Tables)]
-    none = torch.zeros(2, dtype=torch.bool)
-    slots = torch.zeros(2, 2, 2, dtype=torch.int64)
-    tables.lengths[1] = 5
-    rows = torch.tensor([1, 0])
-    short = kernels.plan_decode(rows, rows + 300, none, none, ladder, False, *state, slots)
-    assert int(short) == 1
+    tables = Tables.random(4, 16, torch.full((4, 2, 2), len(RULES) - 1))
+    tables.heads.num_free[:] = 3
+    tables.heads.lengths[1], tables.heads.lengths[2] = 5, 32
+    before, rows = copy.deepcopy(tables), torch.tensor([2, 1, 0])
+    batch = DecodeBatch(rows, rows + 300, torch.zeros(3).to(torch.uint8), _batch(rows, 6).slots, 6)
+    assert int(kernels.plan_decode(tables.pages, tables.heads, batch)) == 2
+    assert (batch.slots[0] == 0).all() and (batch.slots[2] == 0).all()
+    assert torch.equal(batch.slots[1] % 16, torch.full((2, 2), 5))
+    changed = before.heads.lengths.clone()
+    changed[1] += 1
+    assert torch.equal(tables.heads.lengths, changed)
+    same = ("page_table", "num_sticky", "num_free", "free_pages")
+    assert all(torch.equal(tables.state()[name], before.state()[name]) for name in same)
+    assert (tables.pages.positions != before.pages.positions).sum() == 4
+    assert (tables.pages.positions[0] == -1).all(), "page 0 is nobody's"
+
+
+def _random_pages(count: int, block_size: int, size: int) -> Pages:
+    kv = torch.randn(count, block_size, size).bfloat16()
+    positions = torch.randint(1000, (count, block_size), dtype=torch.int32)
+    return Pages(kv, positions, torch.rand(count, block_size))
 
 
 def move_pages(kernels: Kernels, seed: int = 0) -> None:
     torch.manual_seed(seed)
-    pages = torch.randn(20, 8, 48).bfloat16()
-    before, order = pages.clone(), torch.randperm(20)
+    pages, order = _random_pages(20, 8, 48), torch.randperm(20)
+    before = copy.deepcopy(pages)
     for count in (0, 7):
         source, target = order[:count], order[10 : 10 + count]
         kernels.move_pages(pages, source, target)
-        assert torch.equal(pages[target], before[source])
         untouched = torch.ones(20, dtype=torch.bool)
         untouched[target] = False
-        assert torch.equal(pages[untouched], before[untouched])
+        for ours, old in _each(pages, before):
+            assert torch.equal(ours[target], old[source])
+            assert torch.equal(ours[untouched], old[untouched])
 
 
-def pack_slots(kernels: Kernels, num_tokens: int, seed: int = 0) -> None:
+def _each(pages: Pages, others: Pages) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    names = ("kv", "positions", "scores")
+    return [(getattr(pages, name), getattr(others, name)) for name in names]
+
+
+def pack_slots(kernels: Kernels, num_slots: int, in_place: bool, seed: int = 0) -> None:
+    """Heads that keep all, some, only the last, or nothing; to their own pages, or to others."""
     torch.manual_seed(seed)
-    width = -(-num_tokens // 16)
-    page_table = torch.randperm(6 * width).view(2, 3, width)
-    kept = torch.rand(2, 3, num_tokens) < 0.4
-    kept[0, 0] = True
+    block_size, width = 16, -(-num_slots // 16)
+    order = torch.randperm(12 * width)
+    source = order[: 6 * width].view(2, 3, width)
+    target = source if in_place else order[6 * width :].view(2, 3, width)
+    kept = torch.rand(2, 3, num_slots) < 0.4
     kept[..., -1] = True
-    pages = torch.randn(6 * width, 16, 32).bfloat16()
-    before = pages.clone()
-    kernels.pack_slots(pages, page_table, kept)
-    for layer in range(2):
-        for head in range(3):
-            own, keeps = page_table[layer, head], kept[layer, head]
-            wanted = before[own].flatten(0, 1)[:num_tokens][keeps]
-            assert torch.equal(pages[own].flatten(0, 1)[: len(wanted)], wanted)
+    kept[0, 0], kept[1, 1], kept[1, 2, :-1] = True, False, False
+    pages = _random_pages(12 * width, block_size, 32)
+    before = copy.deepcopy(pages)
+    kernels.pack_slots(pages, source, kept, target)
+    for layer, head in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
+        keeps, to = kept[layer, head], target[layer, head]
+        for ours, old in _each(pages, before):
+            wanted = old[source[layer, head]].flatten(0, 1)[:num_slots][keeps]
+            assert torch.equal(ours[to].flatten(0, 1)[: len(wanted)], wanted)
+        count = int(keeps.sum())
+        behind = pages.positions[to].flatten()[count : -(-count // block_size) * block_size]
+        assert (behind == -1).all()
+    untouched = torch.ones(12 * width, dtype=torch.bool)
+    untouched[target.flatten()] = False
+    for ours, old in _each(pages, before):
+        assert torch.equal(ours[untouched], old[untouched])

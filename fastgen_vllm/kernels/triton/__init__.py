@@ -1,4 +1,4 @@
-"""Triton kernels, one operation a file, with the signatures of ``kernels/reference.py``.
+"""Triton kernels, one operation a file, each doing what ``kernels/reference.py`` says.
 
 They run on NVIDIA GPUs; under ``TRITON_INTERPRET=1`` Triton interprets them on CPU tensors, which
 is how the test suite compares them with the reference.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastgen_vllm.kernels.libraries import prefill_attention
+from fastgen_vllm.kernels.reference import prepare
 from fastgen_vllm.kernels.triton.attention_mass import attention_mass
 from fastgen_vllm.kernels.triton.decode_attention import decode_attention
 from fastgen_vllm.kernels.triton.pack_slots import move_pages, pack_slots
@@ -22,6 +23,7 @@ __all__ = [
     "pack_slots",
     "plan_decode",
     "prefill_attention",
+    "prepare",
     "write_kv",
 ]
 

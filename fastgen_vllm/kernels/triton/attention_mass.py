@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgen_vllm.kernels.contract import ProfiledQueries, PromptKeys
 from fastgen_vllm.kernels.triton.common import INTERPRETED, LOG2_E, product
 
 
@@ -104,49 +105,45 @@ def attention_mass_kernel(
 
 
 def attention_mass(
-    query: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    num_keys: int,
-    lse: torch.Tensor,
-    first_position: int,
-    position_step: int,
+    queries: ProfiledQueries,
+    keys: PromptKeys,
     bounds: torch.Tensor,
     scale: float,
     mass: torch.Tensor,
 ) -> None:
     """As ``reference.attention_mass``."""
+    query, page_table = queries.query, keys.page_table
     c, heads, group, head_size = query.shape
     assert query.stride(3) == mass.stride(3) == page_table.stride(1) == 1
     edges = torch.nn.functional.pad(bounds.int(), (1, 0))
     edges = torch.nn.functional.pad(edges, (0, 1), value=torch.iinfo(torch.int32).max)
     sums_group = mass.shape[1] == 1
-    keys = 64 if head_size <= 128 else 32
-    attention_mass_kernel[(triton.cdiv(num_keys, keys), heads, 1 if sums_group else group)](
+    tile = 64 if head_size <= 128 else 32
+    attention_mass_kernel[(triton.cdiv(keys.num_keys, tile), heads, 1 if sums_group else group)](
         query,
-        pages,
+        keys.kv,
         page_table,
-        lse,
+        queries.lse,
         edges,
         mass,
         c,
-        num_keys,
-        first_position,
-        position_step,
+        keys.num_keys,
+        queries.first_position,
+        queries.position_step,
         scale * LOG2_E,
         *query.stride()[:3],
         page_table.stride(0),
-        *lse.stride(),
+        *queries.lse.stride(),
         *mass.stride()[:3],
         mass.shape[3],
         G=group,
         SUMS_GROUP=sums_group,
         D=head_size,
         D_PAD=max(16, triton.next_power_of_2(head_size)),
-        BLOCK_SIZE=pages.shape[1],
+        BLOCK_SIZE=keys.kv.shape[1],
         # One compilation for prompts of any length.
         BUCKETS_PAD=max(16, triton.next_power_of_2(mass.shape[3])),
-        KEYS=keys,
-        QUERIES=64 if head_size <= 128 else 32,
+        KEYS=tile,
+        QUERIES=tile,
         INTERPRETED=INTERPRETED,
     )

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgen_vllm.kernels.contract import DecodeBatch, HeadState, Pages
 from fastgen_vllm.kernels.triton.common import INTERPRETED, LOG2_E, product
 from fastgen_vllm.tensors import LOGITS_BYTES
 
@@ -207,9 +208,11 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class FirstPass:
-    """Arguments of the first pass: ``reference.decode_attention``'s and where it leaves its parts.
+    """Arguments of the first pass: one layer's, and where it leaves its parts.
 
     Attributes:
+        rows: int64 ``[N]``.
+        table_start, lengths, keeps_scores: ``[R, H]``, of the layer.
         logits: float32 ``[N, H, max_slots, G]``, base 2, written for heads that keep scores.
         partial: float32 ``[N, H, splits, G, D]``, written.
         partial_lse: float32 ``[N, H, splits, G]``, base 2, written.
@@ -217,8 +220,7 @@ class FirstPass:
     """
 
     query: torch.Tensor
-    pages: torch.Tensor
-    positions: torch.Tensor
+    pages: Pages
     rows: torch.Tensor
     page_table: torch.Tensor
     table_start: torch.Tensor
@@ -255,7 +257,7 @@ class FirstPass:
             "G": group,
             "D": head_size,
             "D_PAD": max(16, triton.next_power_of_2(head_size)),
-            "BLOCK_SIZE": self.pages.shape[1],
+            "BLOCK_SIZE": self.pages.block_size,
             "TILE": _tile(head_size),
         }
 
@@ -268,8 +270,8 @@ def attend(p: FirstPass) -> None:
     """The first pass in Triton."""
     attend_kernel[p.grid](
         p.query,
-        p.pages,
-        p.positions,
+        p.pages.kv,
+        p.pages.positions,
         p.rows,
         p.page_table,
         p.table_start,
@@ -289,16 +291,16 @@ def attend(p: FirstPass) -> None:
     )
 
 
-def merge(p: FirstPass, scores: torch.Tensor, output: torch.Tensor) -> None:
+def merge(p: FirstPass, output: torch.Tensor) -> None:
     """The second pass."""
     merge_kernel[p.grid](
-        p.positions,
+        p.pages.positions,
         p.rows,
         p.page_table,
         p.table_start,
         p.lengths,
         p.keeps_scores,
-        scores,
+        p.pages.scores,
         p.logits,
         p.partial,
         p.partial_lse,
@@ -315,28 +317,23 @@ def merge(p: FirstPass, scores: torch.Tensor, output: torch.Tensor) -> None:
 def decode_in_parts(
     first_pass: Callable[[FirstPass], None],
     query: torch.Tensor,
-    pages: torch.Tensor,
-    positions: torch.Tensor,
-    rows: torch.Tensor,
-    page_table: torch.Tensor,
-    table_start: torch.Tensor,
-    lengths: torch.Tensor,
-    keeps_scores: torch.Tensor,
-    scores: torch.Tensor,
-    max_pages: int,
+    pages: Pages,
+    heads: HeadState,
+    batch: DecodeBatch,
+    layer: int,
     scale: float,
     output: torch.Tensor,
 ) -> None:
     """Both passes, over as many requests at once as the scratch for logits allows."""
-    n, heads, group, head_size = query.shape
-    max_slots = max_pages * pages.shape[1]
-    assert query.stride(3) == output.stride(3) == page_table.stride(0) == 1
-    assert pages.is_contiguous() and positions.is_contiguous() and scores.is_contiguous()
-    at_once = max(1, LOGITS_BYTES // (heads * max_slots * group * 4))
+    n, num_heads, group, head_size = query.shape
+    max_slots = batch.max_pages * pages.block_size
+    assert query.stride(3) == output.stride(3) == heads.page_table.stride(0) == 1
+    assert all(x.is_contiguous() for x in (pages.kv, pages.positions, pages.scores))
+    at_once = max(1, LOGITS_BYTES // (num_heads * max_slots * group * 4))
     for start in range(0, n, at_once):
         part = slice(start, min(start + at_once, n))
         count = part.stop - part.start
-        size = split_size(count * heads, max_slots, _tile(head_size), query.device)
+        size = split_size(count * num_heads, max_slots, _tile(head_size), query.device)
         splits = triton.cdiv(max_slots, size)
 
         def scratch(*shape: int) -> torch.Tensor:
@@ -345,50 +342,30 @@ def decode_in_parts(
         arguments = FirstPass(
             query[part],
             pages,
-            positions,
-            rows[part],
-            page_table,
-            table_start,
-            lengths,
-            keeps_scores,
-            scratch(count, heads, max_slots, group),
-            scratch(count, heads, splits, group, head_size),
-            scratch(count, heads, splits, group),
+            batch.rows[part],
+            heads.page_table,
+            heads.table_start[:, layer],
+            heads.lengths[:, layer],
+            heads.rules.keeps_scores[:, layer],
+            scratch(count, num_heads, max_slots, group),
+            scratch(count, num_heads, splits, group, head_size),
+            scratch(count, num_heads, splits, group),
             scale * LOG2_E,
             size,
             max_slots,
         )
         first_pass(arguments)
-        merge(arguments, scores, output[part])
+        merge(arguments, output[part])
 
 
 def decode_attention(
     query: torch.Tensor,
-    pages: torch.Tensor,
-    positions: torch.Tensor,
-    rows: torch.Tensor,
-    page_table: torch.Tensor,
-    table_start: torch.Tensor,
-    lengths: torch.Tensor,
-    keeps_scores: torch.Tensor,
-    scores: torch.Tensor,
-    max_pages: int,
+    pages: Pages,
+    heads: HeadState,
+    batch: DecodeBatch,
+    layer: int,
     scale: float,
     output: torch.Tensor,
 ) -> None:
     """As ``reference.decode_attention``."""
-    decode_in_parts(
-        attend,
-        query,
-        pages,
-        positions,
-        rows,
-        page_table,
-        table_start,
-        lengths,
-        keeps_scores,
-        scores,
-        max_pages,
-        scale,
-        output,
-    )
+    decode_in_parts(attend, query, pages, heads, batch, layer, scale, output)

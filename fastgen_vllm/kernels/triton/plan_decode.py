@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgen_vllm.kernels.contract import DecodeBatch, HeadState, Pages
 from fastgen_vllm.tensors import EMPTY, RATIO_UNIT
 
 _INT_MAX = torch.iinfo(torch.int32).max
@@ -20,19 +21,15 @@ def ceil_ratio(ratio, num_tokens, UNIT: tl.constexpr):
 def grow_kernel(
     rows,
     num_tokens,
-    special,
-    punctuation,
-    ladder_special,
-    ladder_punctuation,
-    ladder_full,
-    ladder_frequent,
-    ladder_local,
-    ladder_least,
+    token_classes,
     page_table,
     table_start,
     lengths,
     num_sticky,
-    policy,
+    sticky_kinds,
+    frequent,
+    local,
+    least_window,
     free_pages,
     num_free,
     slots,
@@ -48,18 +45,16 @@ def grow_kernel(
     row, t = tl.load(rows + n), tl.load(num_tokens + n)
     head = tl.arange(0, HEADS_PAD)
     is_head = head < HEADS
-    choice = tl.load(policy + row * HEADS + head, mask=is_head, other=0)
-    length = tl.load(lengths + row * HEADS + head, mask=is_head, other=0)
-    is_special, is_punctuation = tl.load(special + n) != 0, tl.load(punctuation + n) != 0
-    sticky = (tl.load(ladder_special + choice) != 0) & is_special
-    sticky = sticky | ((tl.load(ladder_punctuation + choice) != 0) & is_punctuation)
-    total_sticky = tl.load(num_sticky + row * HEADS + head, mask=is_head, other=0)
-    total_sticky += sticky.to(tl.int32)
+    at = row * HEADS + head
+    length = tl.load(lengths + at, mask=is_head, other=0)
+    sticky = (tl.load(sticky_kinds + at, mask=is_head, other=0) & tl.load(token_classes + n)) != 0
+    total_sticky = tl.load(num_sticky + at, mask=is_head, other=0) + sticky.to(tl.int32)
     window = tl.maximum(
-        ceil_ratio(tl.load(ladder_local + choice), t, UNIT), tl.load(ladder_least + choice)
+        ceil_ratio(tl.load(local + at, mask=is_head, other=0), t, UNIT),
+        tl.load(least_window + at, mask=is_head, other=0),
     )
-    budget = total_sticky + ceil_ratio(tl.load(ladder_frequent + choice), t, UNIT) + window
-    evicts = (tl.load(ladder_full + choice) == 0) & (length >= budget)
+    share = ceil_ratio(tl.load(frequent + at, mask=is_head, other=0), t, UNIT)
+    evicts = length >= total_sticky + share + window
     offset = length % BLOCK_SIZE
     takes_page = (is_head & (offset == 0) & (evicts == 0)).to(tl.int32)
     height = tl.load(num_free + row)
@@ -71,7 +66,7 @@ def grow_kernel(
     rank = tl.cumsum(takes_page, 0)
     takes = takes_page != 0
     fresh = tl.load(free_pages + row * stride_fr + height - rank, mask=takes, other=0)
-    start = tl.load(table_start + row * HEADS + head, mask=is_head, other=0)
+    start = tl.load(table_start + at, mask=is_head, other=0)
     entry = page_table + start + length // BLOCK_SIZE
     appends = is_head & (evicts == 0)
     current = tl.load(entry, mask=appends & (takes == 0), other=0)
@@ -79,8 +74,8 @@ def grow_kernel(
     tl.store(entry, page, mask=takes)
     slot = tl.where(appends, page.to(tl.int64) * BLOCK_SIZE + offset, -1)
     tl.store(slots + n * HEADS + head, slot, mask=is_head)
-    tl.store(lengths + row * HEADS + head, length + appends.to(tl.int32), mask=is_head)
-    tl.store(num_sticky + row * HEADS + head, total_sticky, mask=is_head)
+    tl.store(lengths + at, length + appends.to(tl.int32), mask=is_head)
+    tl.store(num_sticky + at, total_sticky, mask=is_head)
     tl.store(num_free + row, height - taken)
 
 
@@ -88,20 +83,17 @@ def grow_kernel(
 def place_kernel(
     rows,
     num_tokens,
-    special,
-    punctuation,
-    ladder_special,
-    ladder_punctuation,
-    ladder_local,
-    ladder_least,
+    token_classes,
     page_table,
     table_start,
     lengths,
-    policy,
+    sticky_kinds,
+    local,
+    least_window,
+    averages,
     positions,
     scores,
     slots,
-    MEAN: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -115,14 +107,13 @@ def place_kernel(
     """
     n, head = tl.program_id(0), tl.program_id(1)
     row, t = tl.load(rows + n), tl.load(num_tokens + n)
-    choice = tl.load(policy + row * HEADS + head)
+    own = row * HEADS + head
     slot = tl.load(slots + n * HEADS + head)
     if slot < 0:
-        window = tl.maximum(
-            ceil_ratio(tl.load(ladder_local + choice), t, UNIT), tl.load(ladder_least + choice)
-        )
-        length = tl.load(lengths + row * HEADS + head)
-        table = page_table + tl.load(table_start + row * HEADS + head)
+        window = tl.maximum(ceil_ratio(tl.load(local + own), t, UNIT), tl.load(least_window + own))
+        length = tl.load(lengths + own)
+        averaged = tl.load(averages + own) != 0
+        table = page_table + tl.load(table_start + own)
         lowest = tl.full([TILE], float("inf"), tl.float32)
         oldest = tl.full([TILE], INT_MAX, tl.int32)
         best = tl.zeros([TILE], tl.int64)
@@ -133,9 +124,8 @@ def place_kernel(
             at = page * BLOCK_SIZE + index % BLOCK_SIZE
             position = tl.load(positions + at, mask=in_use, other=NO_TOKEN)
             score = tl.load(scores + at, mask=in_use, other=float("inf"))
-            if MEAN:
-                seen_by = tl.maximum(t - 1 - position, 1).to(tl.float32)
-                score = tl.div_rn(score, seen_by)
+            seen_by = tl.where(averaged, tl.maximum(t - 1 - position, 1), 1).to(tl.float32)
+            score = tl.div_rn(score, seen_by)
             outside = (position != NO_TOKEN) & (position < t - window)
             score = tl.where(outside, score, float("inf"))
             better = (score < lowest) | ((score == lowest) & outside & (position < oldest))
@@ -150,85 +140,49 @@ def place_kernel(
     elif slot % BLOCK_SIZE == 0:
         lane = tl.arange(0, BLOCK_SIZE)  # a page just taken
         tl.store(positions + slot + lane, tl.full([BLOCK_SIZE], NO_TOKEN, tl.int32), mask=lane > 0)
-    sticky = (tl.load(special + n) != 0) & (tl.load(ladder_special + choice) != 0)
-    sticky = sticky | (
-        (tl.load(punctuation + n) != 0) & (tl.load(ladder_punctuation + choice) != 0)
-    )
+    sticky = (tl.load(sticky_kinds + own) & tl.load(token_classes + n)) != 0
     if slot >= BLOCK_SIZE:  # page 0 is nobody's
         tl.store(positions + slot, (t - 1).to(tl.int32))
         tl.store(scores + slot, tl.where(sticky, float("inf"), 0.0))
 
 
-def plan_decode(
-    rows: torch.Tensor,
-    num_tokens: torch.Tensor,
-    special: torch.Tensor,
-    punctuation: torch.Tensor,
-    ladder: list[torch.Tensor],
-    mean: bool,
-    page_table: torch.Tensor,
-    table_start: torch.Tensor,
-    lengths: torch.Tensor,
-    num_sticky: torch.Tensor,
-    policy: torch.Tensor,
-    free_pages: torch.Tensor,
-    num_free: torch.Tensor,
-    positions: torch.Tensor,
-    scores: torch.Tensor,
-    slots: torch.Tensor,
-) -> torch.Tensor:
-    """As ``reference.plan_decode``, but the answer stays on the device: int32 ``[1]``.
-
-    A request that is short of pages is left as it was and its token goes to page 0.
-    """
-    total, block_size = lengths[0].numel(), positions.shape[1]
-    for tensor in (page_table, table_start, lengths, num_sticky, policy, num_free, positions):
-        assert tensor.is_contiguous()
-    assert scores.is_contiguous() and slots.is_contiguous()
-    ladder_special, ladder_punctuation, full, frequent, local, least_window = ladder
-    short = torch.full((1,), -1, dtype=torch.int32, device=rows.device)
-    sizes = {"HEADS": total, "BLOCK_SIZE": block_size, "UNIT": RATIO_UNIT}
-    grow_kernel[(len(rows),)](
-        rows,
-        num_tokens,
-        special,
-        punctuation,
-        ladder_special,
-        ladder_punctuation,
-        full,
-        frequent,
-        local,
-        least_window,
-        page_table,
-        table_start,
-        lengths,
-        num_sticky,
-        policy,
-        free_pages,
-        num_free,
+def plan_decode(pages: Pages, heads: HeadState, batch: DecodeBatch) -> torch.Tensor:
+    """As ``reference.plan_decode``."""
+    rules, positions, scores, slots = heads.rules, pages.positions, pages.scores, batch.slots
+    changed = (heads.lengths, heads.num_sticky, heads.num_free, positions, scores, slots)
+    assert all(x.is_contiguous() for x in (heads.page_table, heads.table_start, *changed))
+    assert all(x.is_contiguous() for x in rules.tensors())
+    n, total = len(batch.rows), heads.lengths[0].numel()
+    short = torch.full((1,), -1, dtype=torch.int32, device=batch.rows.device)
+    step = (batch.rows, batch.num_tokens, batch.token_classes)
+    tables = (heads.page_table, heads.table_start, heads.lengths)
+    sizes = {"HEADS": total, "BLOCK_SIZE": pages.block_size, "UNIT": RATIO_UNIT}
+    grow_kernel[(n,)](
+        *step,
+        *tables,
+        heads.num_sticky,
+        rules.sticky_kinds,
+        rules.frequent,
+        rules.local,
+        rules.least_window,
+        heads.free_pages,
+        heads.num_free,
         slots,
         short,
-        free_pages.stride(0),
+        heads.free_pages.stride(0),
         HEADS_PAD=triton.next_power_of_2(total),
         **sizes,
     )
-    place_kernel[(len(rows), total)](
-        rows,
-        num_tokens,
-        special,
-        punctuation,
-        ladder_special,
-        ladder_punctuation,
-        local,
-        least_window,
-        page_table,
-        table_start,
-        lengths,
-        policy,
+    place_kernel[(n, total)](
+        *step,
+        *tables,
+        rules.sticky_kinds,
+        rules.local,
+        rules.least_window,
+        rules.averages,
         positions,
         scores,
         slots,
-        MEAN=mean,
         NO_TOKEN=EMPTY,
         INT_MAX=_INT_MAX,
         TILE=256,

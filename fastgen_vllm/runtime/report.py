@@ -1,0 +1,68 @@
+"""What the scheduler must know after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fastgen_vllm.cache import check_pages
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a request kept after its prompt."""
+
+    kept_slots: int
+    total_slots: int
+    vacated_blocks: int
+    policy_heads: dict[str, int]
+
+
+@dataclass
+class StepReport:
+    """What the scheduler must know after a step, by request id.
+
+    Attributes:
+        vacated: block ids handed back.
+        free_pages: of every decoding request, the pages that it owns and that will be unused when
+            the scheduler reads this, ``report_lag`` steps later, at worst.
+        kept: of requests that finished their prompt in this step.
+        owned: in debug mode, the blocks that each decoding request owns.
+    """
+
+    vacated: dict[str, list[int]] = field(default_factory=dict)
+    free_pages: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
+    owned: dict[str, list[int]] | None = None
+
+
+class PendingReport:
+    """A report whose figures may still be on their way from the device.
+
+    Args:
+        alive: requests whose free pages are reported; those that decoded in the step come first.
+        figures: int32 ``[len(alive) + 1]``, their free pages and ``Step.short``.
+    """
+
+    def __init__(self, report: StepReport, alive: Sequence[str], figures: torch.Tensor):
+        self._report, self._alive = report, alive
+        self._figures = figures.to("cpu", non_blocking=True)
+        self._arrived = None
+        if figures.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def get(self) -> StepReport:
+        """Wait for the figures.
+
+        Raises:
+            OutOfPagesError: the scheduler granted fewer blocks than the heads need.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        *free_pages, short = self._figures.tolist()
+        check_pages(self._alive, short)
+        self._report.free_pages = dict(zip(self._alive, free_pages, strict=True))
+        return self._report
