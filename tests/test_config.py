@@ -85,4 +85,4 @@ def test_adaptive_ladder_rises() -> None:
     ],
 )
 def test_default_goal_suits_the_ladder(settings: dict, goal: str) -> None:
-    assert FastGenConfig.from_dict(settings).goal == goal
+    assert FastGenConfig.from_dict(settings).description == goal

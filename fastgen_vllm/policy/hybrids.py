@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastgen_vllm.kernels.contract import UNBOUNDED, HeadRules
 from fastgen_vllm.policy.tokens import CLASS_BITS, TOKEN_CLASSES
-from fastgen_vllm.tensors import RATIO_UNIT, ceil_ratio
+from fastgen_vllm.tensors import RATIO_UNIT, ceil_ratio, to_device
 
 
 class Hybrid(BaseModel):
@@ -123,7 +123,7 @@ class Ladder:
         empty = HeadRules.zeros((0,), torch.device("cpu"))
         typed = zip(columns, empty.tensors(), strict=True)
         tensors = (torch.tensor(column, dtype=like.dtype) for column, like in typed)
-        rules = HeadRules(*(tensor.to(device) for tensor in tensors))
+        rules = HeadRules(*(to_device(tensor, torch.device(device)) for tensor in tensors))
         return cls(tuple(hybrids), least_window, rules)
 
     @property

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 
 from fastgen_vllm.config import RequestOverride
-from fastgen_vllm.runtime.report import StepReport
+from fastgen_vllm.policy.choice import Choice
+from fastgen_vllm.runtime.report import PendingReport, StepReport
 from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.step import Step
+from fastgen_vllm.tensors import to_device
 
 
 @dataclass
@@ -42,6 +44,13 @@ class Driver:
         """A request arrives, or comes back after ``end``."""
         self.requests[name] = Driven(list(tokens))
         self.runtime.begin_prefill(name, tokens, override)
+
+    def adopt(self, name: str, tokens: Sequence[int], blocks: list[int], choice: Choice) -> None:
+        """A request whose prompt lies encoded in ``blocks`` keeps what it chose."""
+        self.requests[name] = Driven(list(tokens), len(tokens), blocks)
+        self.give_back(name, self.runtime.install(name, blocks, choice).vacated)
+        tables = self.runtime.tables
+        self.requests[name].free_pages = int(tables.state.num_free[tables.rows[name]])
 
     def end(self, name: str) -> None:
         """A request finishes, is aborted or is preempted."""
@@ -92,15 +101,19 @@ class Driver:
         return self.runtime.start_step(
             list(counts),
             torch.tensor([0, *counts.values()]).cumsum(0),
-            seen.to(device),
-            torch.tensor(table).to(device),
-            torch.tensor(ids).to(device),
+            to_device(seen, device),
+            to_device(torch.tensor(table), device),
+            to_device(torch.tensor(ids), device),
             seen,
         )
 
     def finish_step(self, step: Step) -> StepReport:
         """Compress the prompts that ended, and take back what they vacate."""
-        report = self.runtime.finish_step(step).get()
+        return self.read(self.runtime.finish_step(step))
+
+    def read(self, pending: PendingReport) -> StepReport:
+        """Take back what was vacated in the step that is reported."""
+        report = pending.get()
         for name, free_pages in report.free_pages.items():
             self.requests[name].free_pages = free_pages
             self.give_back(name, report.vacated.get(name, ()))

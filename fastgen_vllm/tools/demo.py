@@ -145,7 +145,7 @@ def main() -> None:
     if args.engine:
         args.out.write_text(json.dumps(run_engine(args.engine, args.model, args.settings)))
         return
-    goal = FastGenConfig.from_dict(args.settings).goal
+    goal = FastGenConfig.from_dict(args.settings).description
     stock = run_in_child("stock", args.model, args.settings)
     fastgen = run_in_child("fastgen", args.model, args.settings)
     kept = [info["kv_kept_ratio"] for info in fastgen["kept"]]

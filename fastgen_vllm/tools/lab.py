@@ -8,18 +8,19 @@ that vLLM's worker drives (``tests/test_eval.py`` holds the two against each oth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgen_vllm.config import FastGenConfig, RequestOverride
-from fastgen_vllm.policy.choice import Choice, Ladder
-from fastgen_vllm.policy.hybrids import FULL
-from fastgen_vllm.policy.tokens import TokenFlags
-from fastgen_vllm.profiler.profile import Goal, PromptProfile
-from fastgen_vllm.runtime.runtime import Prefill, Runtime, Step
+from fastgen_vllm.policy.choice import Choice, Goal
+from fastgen_vllm.policy.tokens import token_classes
+from fastgen_vllm.profiler.profile import PromptProfile
+from fastgen_vllm.runtime.driver import Driver
+from fastgen_vllm.runtime.runtime import Runtime
+from fastgen_vllm.runtime.step import Step
 
 _BASE = "base"
 
@@ -33,7 +34,7 @@ class Variant:
 
     @property
     def goal(self) -> Goal:
-        return Goal(self.config.recovery, self.config.kv_budget)
+        return self.config.goal_of(RequestOverride())
 
 
 class _Profiles:
@@ -68,19 +69,16 @@ class Lab:
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         block_size = variants[0].config.block_size
         shape = (num_tokens // block_size, config.num_hidden_layers, kv_heads, block_size)
-        self.flags = TokenFlags.from_tokenizer(self.tokenizer, config.vocab_size)
+        classes = token_classes(self.tokenizer, config.vocab_size)
         self.variants = list(variants)
         kv = torch.zeros(*shape, 2 * head_size)
-        self.runtime = Runtime(variants[0].config, self.flags, kv, heads // kv_heads)
-        # One ladder for all, so that one batch decodes them; each variant's rungs stand together.
-        ladders = [_ladder(v.config) for v in variants] + [Ladder.from_hybrids([FULL], 1)]
-        self.runtime.ladder = Ladder.joined(ladders)
-        self.free = list(range(1, shape[0]))
+        settings, group = variants[0].config, heads // kv_heads
+        self.runtime = Runtime(settings, classes, kv, group, max_requests=len(variants) + 1)
+        self.driver = Driver(self.runtime)
         self._step: Step | None = None
         self.logits = torch.empty(0)
-        self.positions: dict[str, int] = {}
         self.choices: dict[str, Choice] = {}
-        """What each variant chose for the last prompt; policies index the variant's own ladder."""
+        """What each variant chose for the last prompt."""
 
     def prefill(self, tokens: list[int], chunk: int = 512) -> None:
         """Encode a prompt and give every variant its compacted copy, named as the variant is.
@@ -88,63 +86,48 @@ class Lab:
         After it, ``logits`` is float32 ``[variants, vocabulary]``, of the token after the prompt.
         """
         runtime, n = self.runtime, len(tokens)
-        for name in list(runtime.tables.rows):
-            self._release(name)
-        runtime.begin_prefill(_BASE, tokens, RequestOverride(fastgen_compress=False))
-        base = runtime.prefills[_BASE]
+        for name in list(self.driver.requests):
+            self.driver.end(name)
+        self.driver.begin(_BASE, tokens, RequestOverride(fastgen_compress=False))
         profiles = _Profiles({})
         for variant in self.variants:
             if not variant.goal.keeps_everything:
                 key = self._profile_key(variant)
-                profiles.by_key.setdefault(key, self._profile(variant, base))
+                profiles.by_key.setdefault(key, self._profile(variant, tokens))
         if profiles.by_key:
-            base.profile = profiles  # type: ignore[assignment]
-        blocks = self._take(-(-n // runtime.pool.block_size))
+            runtime.prefills[_BASE].profile = profiles  # type: ignore[assignment]
         for start in range(0, n, chunk):
             end = min(start + chunk, n)
+            self._step = self.driver.start_step({_BASE: end - start})
             ids = torch.tensor(tokens[start:end])
-            self._step = runtime.start_step(
-                [_BASE],
-                torch.tensor([0, end - start]),
-                torch.tensor([end]),
-                torch.tensor([blocks]),
-                ids,
-            )
             logits = self._forward(ids[None], torch.arange(start, end)[None])
         self.logits = logits[:, -1].expand(len(self.variants), -1)
-        self._fork(base, profiles, blocks)
-        del runtime.prefills[_BASE]
-        self.free += blocks
-        self.positions = {v.name: n for v in self.variants}
+        self._fork(tokens, profiles)
+        self.driver.end(_BASE)
 
     def decode(self, tokens: Sequence[int]) -> torch.Tensor:
         """Feed each variant one token; the next token's logits, float32 ``[variants, vocab]``."""
-        runtime, names = self.runtime, [v.name for v in self.variants]
-        for name in names:
-            row = runtime.tables.rows[name]
-            if int(runtime.tables.num_free[row]) < runtime.pool.pages_per_block:
-                runtime.grant(name, self._take(1))
-            self.positions[name] += 1
-        seen = torch.tensor([self.positions[name] for name in names])
-        ids = torch.tensor(tokens)
-        self._step = runtime.start_step(
-            names, torch.arange(len(names) + 1), seen, torch.empty(len(names), 0), ids
-        )
-        self.logits = self._forward(ids[:, None], seen[:, None] - 1)[:, -1]
+        names = [v.name for v in self.variants]
+        for name, token in zip(names, tokens, strict=True):
+            self.driver.requests[name].tokens.append(token)
+        step = self._step = self.driver.start_step(dict.fromkeys(names, 1))
+        self.logits = self._forward(torch.tensor(tokens)[:, None], self._seen()[:, None] - 1)[:, -1]
+        self.driver.finish_step(step)
         return self.logits
+
+    def _seen(self) -> torch.Tensor:
+        """int64 ``[variants]``, tokens so far."""
+        return torch.tensor([self.driver.requests[v.name].computed for v in self.variants])
 
     def kept_ratio(self) -> torch.Tensor:
         """float32 ``[variants]``: slots in use of the full cache's."""
         rows = self.runtime.tables.rows_of([v.name for v in self.variants])
-        seen = torch.tensor([self.positions[v.name] for v in self.variants])
-        return self.runtime.tables.lengths[rows].float().mean((1, 2)) / seen
+        return self.runtime.tables.state.lengths[rows].float().mean((1, 2)) / self._seen()
 
     def page_ratio(self) -> torch.Tensor:
         """float32 ``[variants]``: memory held, free pages included, of the full cache's."""
-        block_size, tables = self.runtime.pool.block_size, self.runtime.tables
-        held = [len(tables.blocks[v.name]) for v in self.variants]
-        whole = [-(-self.positions[v.name] // block_size) for v in self.variants]
-        return torch.tensor(held) / torch.tensor(whole)
+        held = [len(self.runtime.tables.blocks[v.name]) for v in self.variants]
+        return torch.tensor(held) / -(-self._seen() // self.runtime.pool.block_size)
 
     def kept_positions(self, name: str) -> list[list[set[int]]]:
         """Positions kept by layer and head."""
@@ -156,58 +139,37 @@ class Lab:
 
     def _profile_key(self, variant: Variant) -> tuple[Any, ...]:
         config = variant.config
-        windows = tuple(_ladder(config).windows(8192))
+        windows = tuple(config.ladder_on().windows(8192))
         profiling = config.profiling
         how = (profiling.weighting, profiling.window, profiling.value_weighting)
         return (*how, config.group_reduction, config.query_sampling, windows)
 
-    def _profile(self, variant: Variant, base: Prefill) -> PromptProfile:
-        pool, config = self.runtime.pool, variant.config
-        return PromptProfile(
-            config,
-            _ladder(config),
-            base.num_tokens,
-            pool.num_layers,
-            pool.num_kv_heads,
-            self.runtime.group_size,
-            base.special,
-            base.punctuation,
-            pool.block_size,
-            variant.goal,
-        )
+    def _profile(self, variant: Variant, tokens: list[int]) -> PromptProfile:
+        runtime, config = self.runtime, variant.config
+        classes = runtime.token_classes[torch.tensor(tokens)]
+        block_size = runtime.pool.block_size
+        ladder, goal = config.ladder_on(), variant.goal
+        return PromptProfile(config, ladder, runtime.heads, classes, block_size, goal)
 
-    def _fork(self, base: Prefill, profiles: _Profiles, blocks: list[int]) -> None:
-        pool, first = self.runtime.pool, 0
-        shape = (pool.num_layers, pool.num_kv_heads)
+    def _fork(self, tokens: list[int], profiles: _Profiles) -> None:
+        pool, blocks = self.runtime.pool, self.driver.requests[_BASE].table
         storage = pool.kv.view(pool.num_blocks, -1)
         for variant in self.variants:
-            if variant.goal.keeps_everything:
-                full = torch.full(shape, len(self.runtime.ladder.hybrids) - 1)
-                everything = torch.ones(*shape, base.num_tokens, dtype=torch.bool)
-                choice = Choice(full, torch.ones(shape), everything, ~everything)
-                scores = torch.zeros(everything.shape)
-            else:
-                profile = self._profile(variant, base)
-                gathered = profiles.by_key[self._profile_key(variant)]
-                profile.mass, profile.value_norms = gathered.mass, gathered.value_norms
-                stats = profile.stats()
-                choice, scores = profile.choose(stats), profile.slot_scores(stats)
-                self.choices[variant.name] = choice
-                choice = replace(choice, policy=choice.policy + first)
-            first += len(variant.config.hybrids)
-            own = self._take(len(blocks))
+            own = self.driver.take(len(blocks))
             for ours, theirs in zip(own, blocks, strict=True):
                 storage[ours] = storage[theirs]
-            self.free += self.runtime.install(variant.name, own, choice, scores).vacated
+            choice = self.choices[variant.name] = self._choose(variant, tokens, profiles)
+            self.driver.adopt(variant.name, tokens, own, choice)
 
-    def _take(self, count: int) -> list[int]:
-        if count > len(self.free):
-            raise MemoryError(f"the lab's pool has {len(self.free)} blocks left of {count} asked")
-        return [self.free.pop() for _ in range(count)]
-
-    def _release(self, name: str) -> None:
-        self.free += self.runtime.tables.blocks[name]
-        self.runtime.release(name)
+    def _choose(self, variant: Variant, tokens: list[int], profiles: _Profiles) -> Choice:
+        if variant.goal.keeps_everything:
+            heads = self.runtime.heads
+            shape = (heads.num_layers, heads.num_kv_heads, len(tokens))
+            return Choice.everything(shape, self.runtime.pool.kv.device)
+        profile = self._profile(variant, tokens)
+        gathered = profiles.by_key[self._profile_key(variant)]
+        profile.mass, profile.value_norms = gathered.mass, gathered.value_norms
+        return profile.finish()
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -223,7 +185,3 @@ class Lab:
         output = torch.empty_like(q)
         self.runtime.forward(self._step, module.layer_idx, q, k, v, output, scaling)
         return output.view(query.shape[0], query.shape[2], *output.shape[1:]), None
-
-
-def _ladder(config: FastGenConfig) -> Ladder:
-    return Ladder.from_hybrids(config.hybrids, config.profiling.least_window)

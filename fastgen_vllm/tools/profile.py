@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.policy.choice import Choice
+from fastgen_vllm.policy.hybrids import hybrids_of
 from fastgen_vllm.tools.lab import Lab, Variant
 
 COLOURS = {
@@ -58,7 +59,7 @@ def profile(model: str, prompt: str, config: FastGenConfig) -> Profiled:
     """
     variant = Variant("profile", config)
     if variant.goal.keeps_everything:
-        raise ValueError(f"{config.goal} keeps everything: there is nothing to show; lower it")
+        raise ValueError(f"{config.description} keeps everything: nothing to show; lower it")
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(model).encode(prompt)
@@ -70,15 +71,17 @@ def profile(model: str, prompt: str, config: FastGenConfig) -> Profiled:
     lab = Lab(model, [variant], 3 * len(tokens) + 256)
     lab.prefill(tokens)
     choice = lab.choices[variant.name]
-    hybrids = config.hybrids
+    heads = choice.rules.frequent.shape[1]
+    hybrids = hybrids_of(choice.rules)
+    rows = [hybrids[i : i + heads] for i in range(0, len(hybrids), heads)]
     share = choice.kept.float().mean((0, 1)).tolist()
     pieces = list(_pieces(lab.tokenizer, tokens))
-    title = f"{Path(model).name}, {len(tokens)} tokens, {config.goal}"
+    title = f"{Path(model).name}, {len(tokens)} tokens, {config.description}"
     return Profiled(
         title,
         choice,
-        [[hybrids[i].kind for i in layer] for layer in choice.policy.tolist()],
-        [[hybrids[i].name for i in layer] for layer in choice.policy.tolist()],
+        [[hybrid.kind for hybrid in layer] for layer in rows],
+        [[hybrid.name for hybrid in layer] for layer in rows],
         [text for text, _, _ in pieces],
         [max(share[first:last]) for _, first, last in pieces],
     )
@@ -119,7 +122,7 @@ def picture(found: Profiled) -> Any:
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch, Rectangle
 
-    layers, heads = found.choice.policy.shape
+    layers, heads = found.choice.recovery.shape
     kept = found.choice.kept.float().mean(-1)
     kinds = Counter(kind for layer in found.kinds for kind in layer)
     spare = iter(["#e377c2", "#17becf", "#bcbd22", "#8c564b", "#d62728"] * len(kinds))

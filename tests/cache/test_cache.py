@@ -1,34 +1,30 @@
-"""The page pool under random lives of requests: admit, chunk, compress, decode, abort, preempt."""
+"""The page pool under random lives of requests: admit, chunk, compress, decode, squeeze, abort."""
 
+import pytest
 import torch
+from helpers.fake_model import FakeModel, run_step
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastgen_vllm.cache.head_tables import HeadTables
-from fastgen_vllm.cache.pages import PagePool
+from fastgen_vllm.cache import HeadTables, PagePool, compact
+from fastgen_vllm.cache.head_tables import MARGIN, Holding
 from fastgen_vllm.config import FastGenConfig, RequestOverride
-from fastgen_vllm.policy.tokens import TokenFlags
+from fastgen_vllm.kernels import UNBOUNDED, HeadRules, reference
+from fastgen_vllm.runtime.driver import Driver
 from fastgen_vllm.runtime.runtime import Runtime
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS, VOCAB = 2, 2, 2, 16, 8, 40, 50
-
-
-class Model:
-    """K and V that a request's token at a position would have: known, so they can be checked."""
-
-    @staticmethod
-    def content(seed: int, layer: int, position: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed * 100_003 + layer * 10_007 + position)
-        return torch.randn(HEADS, 2 * SIZE, generator=generator)
+MODEL = FakeModel(LAYERS, HEADS, GROUP, SIZE)
 
 
 class PoolLife(RuleBasedStateMachine):
-    """Plays the scheduler: a free list of blocks, a block table a request, grants on demand."""
+    """Plays the scheduler over blocks whose every slot has known content."""
 
     def __init__(self) -> None:
         super().__init__()
-        flags = TokenFlags(torch.arange(VOCAB) < 3, torch.arange(VOCAB) % 7 == 5)
+        ids = torch.arange(VOCAB)
+        classes = (ids < 3).to(torch.uint8) + 2 * (ids % 7 == 5).to(torch.uint8)
         config = FastGenConfig(
             ladder="paper",
             recovery=0.6,
@@ -38,117 +34,99 @@ class PoolLife(RuleBasedStateMachine):
             frequent_score="mean",
         )
         kv = torch.full((BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE), float("nan"))
-        self.runtime = Runtime(config, flags, kv, GROUP)
-        self.free = list(range(1, BLOCKS))
-        self.tables: dict[str, list[int]] = {}
-        self.tokens: dict[str, list[int]] = {}
-        self.computed: dict[str, int] = {}
+        self.runtime = Runtime(config, classes, kv, GROUP, max_requests=BLOCKS)
+        self.driver = Driver(self.runtime)
         self.seeds: dict[str, int] = {}
-        self.free_pages: dict[str, int] = {}
         self.count = 0
+
+    @property
+    def decoding(self) -> list[str]:
+        return sorted(self.runtime.tables.rows)
 
     @rule(num_tokens=st.sampled_from([1, 2, 7, 8, 9, 16, 17, 40]), seed=st.integers(0, 99))
     def admit(self, num_tokens: int, seed: int) -> None:
-        if len(self.free) < -(-num_tokens // BLOCK):
+        if len(self.driver.free) < -(-num_tokens // BLOCK):
             return
-        request = f"r{self.count}"
+        name = f"r{self.count}"
         self.count += 1
-        self.seeds[request] = seed
+        self.seeds[name] = seed
         generator = torch.Generator().manual_seed(seed)
-        self.tokens[request] = torch.randint(VOCAB, (num_tokens,), generator=generator).tolist()
-        self.start(request)
+        tokens = torch.randint(VOCAB, (num_tokens,), generator=generator).tolist()
+        self.driver.begin(name, tokens, RequestOverride())
 
-    def start(self, request: str) -> None:
-        tokens = self.tokens[request]
-        self.runtime.begin_prefill(request, tokens, RequestOverride())
-        self.computed[request], self.tables[request] = 0, []
-
-    @precondition(lambda self: self.tables)
+    @precondition(lambda self: self.driver.requests)
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
-        """A batch of prefill chunks and decode tokens."""
-        batch, lengths = [], []
-        for request in list(self.tables):
-            if data.draw(st.booleans()):
-                continue
-            left = len(self.tokens[request]) - self.computed[request]
-            decodes = request in self.runtime.tables.rows
-            length = 1 if decodes else data.draw(st.integers(1, left))
-            if self.allocate(request, self.computed[request] + length):
-                batch.append(request)
-                lengths.append(length)
-        if not batch:
+        """A batch of prefill chunks and decode tokens, as far as there is room for them."""
+        counts: dict[str, int] = {}
+        for name, request in self.driver.requests.items():
+            left = len(request.tokens) - request.computed
+            count = 1 if name in self.decoding else data.draw(st.integers(1, left))
+            if data.draw(st.booleans()) and self.has_room(name, request.computed + count):
+                counts[name] = count
+        if not counts:
             return
-        seen = [self.computed[r] + n for r, n in zip(batch, lengths, strict=True)]
-        start = torch.tensor([0, *lengths]).cumsum(0)
-        width = max(len(self.tables[r]) for r in batch)
-        table = torch.tensor([self.tables[r] + [0] * (width - len(self.tables[r])) for r in batch])
-        ids = [
-            token
-            for r, n in zip(batch, seen, strict=True)
-            for token in self.tokens[r][self.computed[r] : n]
-        ]
-        step = self.runtime.start_step(batch, start, torch.tensor(seen), table, torch.tensor(ids))
-        for layer in range(LAYERS):
-            content = torch.stack(
-                [
-                    Model.content(self.seeds[r], layer, p)
-                    for r, n in zip(batch, seen, strict=True)
-                    for p in range(self.computed[r], n)
-                ]
-            )
-            query = torch.randn(len(content), HEADS * GROUP, SIZE)
-            output = torch.full_like(query, float("nan"))
-            self.runtime.forward(step, layer, query, *content.chunk(2, -1), output, 0.4)
+        outputs, report = run_step(self.driver, MODEL, self.seeds, counts)
+        for output in outputs.values():
             assert output.isfinite().all(), "a head read a slot that nobody wrote"
-        report = self.runtime.finish_step(step).get()
-        for request, n in zip(batch, seen, strict=True):
-            self.computed[request] = n
-            if request in report.free_pages:
-                self.tokens[request].append(data.draw(st.integers(0, VOCAB - 1)))
-                self.free_pages[request] = report.free_pages[request]
-            gone = set(report.vacated.get(request, ()))
-            self.free += gone
-            self.tables[request] = [0 if b in gone else b for b in self.tables[request]]
+        for name in report.free_pages:
+            self.driver.requests[name].tokens.append(data.draw(st.integers(0, VOCAB - 1)))
 
-    def allocate(self, request: str, num_tokens: int) -> bool:
-        missing = -(-num_tokens // BLOCK) - len(self.tables[request])
-        if request in self.free_pages and self.free_pages[request] >= LAYERS * HEADS:
-            self.tables[request] += [0] * max(0, missing)
-            return True
-        if missing > len(self.free):
+    def has_room(self, name: str, num_tokens: int) -> bool:
+        try:
+            self.driver.grow(name, num_tokens)
+        except MemoryError:
             return False
-        blocks = [self.free.pop() for _ in range(missing)]
-        self.tables[request] += blocks
-        if request in self.free_pages and blocks:
-            self.runtime.grant(request, blocks)
-            self.free_pages[request] += LAYERS * HEADS * len(blocks)
         return True
 
-    @precondition(lambda self: self.tables)
+    @precondition(lambda self: self.decoding)
+    @rule(data=st.data(), out_of_place=st.booleans())
+    def squeeze(self, data: st.DataObject, out_of_place: bool) -> None:
+        """Compact a request that decodes to any of its slots, in its blocks or in others."""
+        name = data.draw(st.sampled_from(self.decoding))
+        request, tables = self.driver.requests[name], self.runtime.tables
+        if len(self.driver.free) < len(tables.blocks[name]):
+            out_of_place = False
+        targets = self.driver.take(len(tables.blocks[name])) if out_of_place else None
+        positions = self.runtime.pool.positions[tables.pages_of(name)].flatten(2)
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+        kept = torch.rand(positions.shape, generator=generator) < data.draw(st.floats(0, 1))
+        kept = (kept | (positions == request.computed - 1)) & (positions >= 0)
+        done = compact(tables, name, kept, request.computed, self.runtime.kernels, targets)
+        assert done.kept_slots == kept.sum()
+        if targets is not None:
+            owned = [block for block in targets if block not in done.vacated]
+            self.driver.free += [block for block in targets if block in done.vacated]
+            self.driver.give_back(name, [b for b in done.vacated if b not in targets])
+            # A list must have the place; which one a block takes does not matter.
+            request.table[: len(owned)] = owned
+        else:
+            self.driver.give_back(name, done.vacated)
+        request.free_pages = int(tables.state.num_free[tables.rows[name]])
+
+    @precondition(lambda self: self.driver.requests)
     @rule(data=st.data(), again=st.booleans())
     def abort_or_preempt(self, data: st.DataObject, again: bool) -> None:
-        request = data.draw(st.sampled_from(sorted(self.tables)))
-        self.runtime.release(request)
-        self.free += [b for b in self.tables.pop(request) if b]
-        self.free_pages.pop(request, None)
+        name = data.draw(st.sampled_from(sorted(self.driver.requests)))
+        tokens = self.driver.requests[name].tokens
+        self.driver.end(name)
         if again:
-            self.start(request)
+            self.driver.begin(name, tokens, RequestOverride())
 
     @invariant()
     def pool_is_whole(self) -> None:
-        held = [b for table in self.tables.values() for b in table if b]
-        assert sorted(held + self.free) == list(range(1, BLOCKS))
-        for request, blocks in self.runtime.tables.blocks.items():
-            assert sorted(blocks) == sorted(b for b in self.tables[request] if b)
+        held = [b for request in self.driver.requests.values() for b in request.table if b]
+        assert sorted(held + self.driver.free) == list(range(1, BLOCKS))
+        for name, blocks in self.runtime.tables.blocks.items():
+            assert sorted(blocks) == sorted(b for b in self.driver.requests[name].table if b)
         self.runtime.tables.audit()
 
     @invariant()
     def slots_hold_their_tokens(self) -> None:
         pool, tables = self.runtime.pool, self.runtime.tables
-        for request in tables.rows:
-            pages = tables.pages_of(request)
-            newest = self.computed[request] - 1
+        for name in tables.rows:
+            pages = tables.pages_of(name)
+            newest = self.driver.requests[name].computed - 1
             for layer in range(LAYERS):
                 for head in range(HEADS):
                     own = pages[layer, head]
@@ -156,8 +134,8 @@ class PoolLife(RuleBasedStateMachine):
                     live = positions >= 0
                     kept = positions[live].tolist()
                     assert len(set(kept)) == len(kept) and newest in kept
-                    wanted = [Model.content(self.seeds[request], layer, p)[head] for p in kept]
-                    assert torch.equal(pool.kv[own].flatten(0, 1)[live], torch.stack(wanted))
+                    contents = [MODEL.content(self.seeds[name], layer, p)[head] for p in kept]
+                    assert torch.equal(pool.kv[own].flatten(0, 1)[live], torch.stack(contents))
 
 
 TestPoolLife = PoolLife.TestCase
@@ -173,9 +151,8 @@ TestPoolLife.settings = settings(
 def test_full_heads_keep_every_page() -> None:
     """At recovery 1.0 nothing is vacated and nothing moves."""
     config = FastGenConfig(recovery=1.0, block_size=BLOCK, min_prompt_tokens=1, debug=True)
-    flags = TokenFlags(torch.zeros(VOCAB).bool(), torch.zeros(VOCAB).bool())
     kv = torch.zeros(BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE)
-    runtime = Runtime(config, flags, kv, GROUP)
+    runtime = Runtime(config, torch.zeros(VOCAB, dtype=torch.uint8), kv, GROUP)
     runtime.begin_prefill("a", list(range(17)), RequestOverride())
     table = torch.tensor([[5, 3, 9]])
     step = runtime.start_step(
@@ -192,37 +169,82 @@ def test_full_heads_keep_every_page() -> None:
     assert report.kept["a"].policy_heads == {"full": LAYERS * HEADS}
 
 
+def rules_of_full_heads(pool: PagePool) -> HeadRules:
+    rules = HeadRules.zeros((pool.num_layers, pool.num_kv_heads), pool.kv.device)
+    rules.least_window.fill_(UNBOUNDED)
+    return rules
+
+
 def test_page_tables_lose_nothing_when_they_move() -> None:
-    """Requests come, grow and go in a page table and rows that are too small for them at first."""
-    pool = PagePool.over(torch.zeros(6, 1, 2, BLOCK, 4), 1, 2)
-    tables, generator = HeadTables(pool, num_rows=2), torch.Generator().manual_seed(0)
+    """Requests enter, shrink, grow and go: parts of the page table move, addresses do not, and no
+    head's pages get lost."""
+    pool = PagePool.over(torch.zeros(400, 1, 2, BLOCK, 4))
+    tables, generator = HeadTables(pool, max_requests=3), torch.Generator().manual_seed(0)
+    tables.state.page_table = tables.state.page_table[:700]  # so that it gets full
+    address = tables.state.page_table.data_ptr()
+    blocks = iter(range(1, 10**6))
     owned: dict[str, list[list[int]]] = {}
-    capacity, moves = len(tables.page_table), 0
+    moves = 0
 
     def draw(high: int) -> int:
         return int(torch.randint(high, (), generator=generator))
 
-    for _ in range(400):
-        request = f"r{draw(9)}"
-        starts = {name: tables.table_start[tables.rows[name]].clone() for name in owned}
-        if request not in owned:
-            row = tables.add(request)
-            lengths = torch.tensor([[1 + draw(40), 1 + draw(40)]])
-            used = (-(-lengths // BLOCK))[0].tolist()
-            pages = torch.randint(1, 12, (1, 2, max(used)), generator=generator)
-            tables.set_pages(request, pages)
-            tables.lengths[row] = lengths.int()
-            tables.bounds[request], tables.blocks[request] = int(lengths.max()), []
-            owned[request] = [pages[0, h, : used[h]].tolist() for h in range(2)]
+    def hold(name: str, num_blocks: int) -> list[list[int]]:
+        """Heads of different lengths, one of all pages that it could have."""
+        own = [next(blocks) % 399 + 1 for _ in range(num_blocks)]
+        pages = pool.pages_of(torch.tensor(own))
+        lengths = torch.tensor([[num_blocks * BLOCK, 1 + draw(num_blocks * BLOCK)]])
+        none = pages.new_empty(0)
+        longest = num_blocks * BLOCK
+        sticky = torch.zeros_like(lengths)
+        tables.hold(name, Holding(own, pages, lengths, sticky, longest, none))
+        return [pages[0, h, : -(-int(lengths[0, h]) // BLOCK)].tolist() for h in range(2)]
+
+    for _ in range(300):
+        name = f"r{draw(3)}"
+        starts = {other: tables.state.table_start[tables.rows[other]].clone() for other in owned}
+        if name not in owned:
+            own = [next(blocks) % 399 + 1]
+            scores = torch.zeros(1, 2, 3)
+            tables.enter(name, own, rules_of_full_heads(pool), scores, scores > 0)
+            owned[name] = hold(name, 1 + draw(12))
         elif draw(3):
-            for _ in range(draw(40)):
-                tables.grow_bounds([request])
+            for _ in range(draw(MARGIN * BLOCK)):
+                tables.batch([name], torch.tensor([1]), torch.zeros(1, dtype=torch.uint8))
         else:
-            tables.release(request)
-            del owned[request]
-        for name, pages_by_head in owned.items():
-            found = tables.pages_of(name)[0].tolist()
+            tables.release(name)
+            del owned[name]
+        for other, pages_by_head in owned.items():
+            found = tables.pages_of(other)[0].tolist()
             assert [[p for p in head if p] for head in found] == pages_by_head
-            if name in starts:
-                moves += not torch.equal(starts[name], tables.table_start[tables.rows[name]])
-    assert len(tables.page_table) > capacity and len(tables.num_free) > 2 and moves > 50
+            if other in starts:
+                start = tables.state.table_start[tables.rows[other]]
+                moves += not torch.equal(starts[other], start)
+    assert moves > 50 and tables.state.page_table.data_ptr() == address
+
+
+def test_each_head_has_room_of_its_own() -> None:
+    """One full head of a long prompt beside heads that keep little: no room is taken for those."""
+    blocks = 1000
+    pool = PagePool.over(torch.zeros(blocks + 1, 2, 4, BLOCK, 2))
+    tables = HeadTables(pool, max_requests=2)
+    n = blocks * BLOCK
+    own = list(range(1, blocks + 1))
+    scores = torch.zeros(()).expand(2, 4, n)
+    tables.enter("long", own, rules_of_full_heads(pool), scores, torch.zeros(2, 4, n).bool())
+    kept = torch.zeros(2, 4, n, dtype=torch.bool)
+    kept[..., -BLOCK:] = True
+    kept[0, 0] = True
+    vacated = compact(tables, "long", kept, n, reference).vacated
+    assert len(vacated) == blocks - -(-(blocks + 7) // 8)
+    starts = tables.state.table_start[tables.rows["long"]].flatten()
+    rooms = starts[1:] - starts[:-1]
+    assert rooms[0] == blocks + MARGIN and (rooms[1:] == 1 + MARGIN).all()
+
+
+def test_a_request_more_than_there_are_rows() -> None:
+    pool = PagePool.over(torch.zeros(9, 1, 2, BLOCK, 4))
+    tables, scores = HeadTables(pool, max_requests=1), torch.zeros(1, 2, 3)
+    tables.enter("a", [1], rules_of_full_heads(pool), scores, scores > 0)
+    with pytest.raises(AssertionError, match="all 1 rows are taken"):
+        tables.enter("b", [2], rules_of_full_heads(pool), scores, scores > 0)

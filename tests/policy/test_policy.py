@@ -1,18 +1,31 @@
 """Column sums give the recoveries that explicit masks give, and the choices that follow."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from helpers.pretend_device import DEVICE, pretend_device
 
 from fastgen_vllm.config import FastGenConfig
-from fastgen_vllm.kernels import reference
-from fastgen_vllm.policy.choice import Choice, Ladder, PromptStats, evaluate, kept_keys
-from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER, Hybrid
-from fastgen_vllm.policy.methods.peers import PEERS
-from fastgen_vllm.profiler.profile import Goal, PromptProfile
+from fastgen_vllm.kernels import PromptKeys, reference
+from fastgen_vllm.policy.choice import (
+    Choice,
+    Goal,
+    PromptStats,
+    evaluate,
+    kept_keys,
+    with_sinks,
+)
+from fastgen_vllm.policy.hybrids import (
+    ADAPTIVE_LADDER,
+    PAPER_LADDER,
+    Hybrid,
+    Ladder,
+    hybrids_of,
+)
+from fastgen_vllm.policy.methods import METHODS
+from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile
 from fastgen_vllm.tensors import ceil_ratio
 
 LADDER = [
@@ -40,19 +53,19 @@ class Prompt:
         config = FastGenConfig.from_dict({"ladder": LADDER, "min_prompt_tokens": 1, **settings})
         query = torch.randn(n, 2, group, 16) * peaked
         key, value = torch.randn(n, 2, 16), torch.randn(n, 2, 16)
-        special, punctuation = torch.rand(n) < 0.1, torch.rand(n) < 0.1
-        ladder = Ladder.from_hybrids(config.hybrids, config.profiling.least_window)
-        profile = PromptProfile(config, ladder, n, 1, 2, group, special, punctuation, PAGE, goal)
+        classes = (torch.rand(n) < 0.1).to(torch.uint8) + 2 * (torch.rand(n) < 0.1).to(torch.uint8)
+        ladder, heads = config.ladder_on(), ModelHeads(1, 2, group)
+        profile = PromptProfile(config, ladder, heads, classes, PAGE, goal)
         page_table = torch.arange(2)[:, None]
         pages = torch.cat([key, value], dim=-1).transpose(0, 1)
         for start in range(0, n, chunk):
             end = min(start + chunk, n)
             part = query[start:end]
             output = torch.empty_like(part)
-            lse = reference.prefill_attention(part, pages, page_table, end, 0.5, output)
-            profile.add_chunk(
-                reference, 0, part, value[start:end], pages, page_table, end, lse, 0.5
-            )
+            keys = PromptKeys(pages, page_table, end)
+            lse = reference.prefill_attention(part, keys, 0.5, output)
+            chunk_of_layer = PromptChunk(part, value[start:end], keys, lse, 0.5)
+            profile.add_chunk(reference, 0, chunk_of_layer)
         scores = torch.einsum("qhgd,khd->hgqk", query, key) * 0.5
         causal = torch.ones(n, n).tril().bool()
         return cls(profile, scores.masked_fill(~causal, float("-inf")).softmax(-1), value)
@@ -89,11 +102,7 @@ class Prompt:
             return set(range(n)), 1.0
         least = self.profile.config.profiling.least_window
         window = max(least, math.ceil(round(hybrid.local * n, 6)))
-        sticky = torch.zeros(n, dtype=torch.bool)
-        if hybrid.special:
-            sticky |= self.profile.special
-        if hybrid.punctuation:
-            sticky |= self.profile.punctuation
+        sticky = (self.profile.token_classes & hybrid.sticky_kinds) != 0
         recent = torch.arange(n) >= n - window
         score = self.scores(head)
         rest = [p for p in range(n) if not sticky[p] and not recent[p]]
@@ -135,7 +144,7 @@ def check_choice(prompt: Prompt, choice: Choice, threshold: float) -> None:
         able = [(pages(k), -r, i) for i, (k, r) in enumerate(found) if r >= threshold]
         able.append((pages(found[-1][0]), -2.0, len(found) - 1))
         _, _, best = min(able)
-        taken = int(choice.policy[0, head])
+        taken = hybrids.index(hybrids_of(choice.rules)[head])
         kept, recovery = found[taken]
         assert abs(float(choice.recovery[0, head]) - recovery) < 1e-4
         assert keys(choice.kept[0, head]) == kept
@@ -172,7 +181,7 @@ def test_recovery_equals_explicit_masks(n: int, group: int, reduction: str, how:
             assert abs(float(found.recovery[i, 0, head]) - recovery) < 1e-4
             every = kept_keys(prompt.profile.ladder, stats, torch.full((1, 2), i))
             assert keys(every.kept[0, head]) == kept
-    check_choice(prompt, prompt.profile.choose(stats), 0.6)
+    check_choice(prompt, prompt.profile.finish(), 0.6)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
@@ -180,7 +189,7 @@ def test_recovery_equals_explicit_masks(n: int, group: int, reduction: str, how:
 def test_adaptive_ladder(n: int, threshold: float) -> None:
     prompt = Prompt.random(n, 3, Goal(threshold, None), 64, ladder="adaptive")
     assert prompt.profile.ladder.hybrids == ADAPTIVE_LADDER
-    choice = prompt.profile.choose(prompt.profile.stats())
+    choice = prompt.profile.finish()
     check_choice(prompt, choice, threshold)
 
 
@@ -188,16 +197,15 @@ def test_adaptive_ladder(n: int, threshold: float) -> None:
 @pytest.mark.parametrize("budget", [0.1, 0.3, 0.6, 0.95])
 @pytest.mark.parametrize("least", [1, 64])
 def test_budget_is_kept_and_well_spent(least: int, budget: float, ladder: str) -> None:
-    """No more than the budget, or than ``min_prompt_tokens`` need; and no exchange between the two
-    heads would recover more."""
-    how = {"ladder": ladder, "frequent_score": "sum", "min_prompt_tokens": least}
-    prompt = Prompt.random(161, 3, Goal(None, budget), 64, **how)
+    """No more than the budget, or than ``least_tokens`` need; and no exchange between the two heads
+    would recover more."""
+    how = {"ladder": ladder, "frequent_score": "sum"}
+    prompt = Prompt.random(161, 3, Goal(None, budget, least), 64, **how)
     profile = prompt.profile
-    stats = profile.stats()
-    choice, found = profile.choose(stats), evaluate(profile.ladder, stats)
+    choice, found = profile.finish(), evaluate(profile.ladder, profile.stats())
     room = int(max(budget, least / 161) * 2 * -(-161 // PAGE))
-    taken = choice.policy[0].tolist()
-    assert int(found.pages[choice.policy].sum()) <= room or taken == [0, 0]
+    taken = [profile.ladder.hybrids.index(h) for h in hybrids_of(choice.rules)]
+    assert int(found.pages[taken].sum()) <= room or taken == [0, 0]
     first, second = (found.recovery[:, 0, head].double() for head in range(2))
     fits = found.pages[:, None] + found.pages <= room
     best = torch.where(fits, first[:, None] + second, 0.0).max()
@@ -207,46 +215,37 @@ def test_budget_is_kept_and_well_spent(least: int, budget: float, ladder: str) -
     assert got >= float(best) - float(steps), (got, float(best))
 
 
-@pytest.mark.parametrize("method", list(PEERS))
-@pytest.mark.parametrize("n", [40, 200])
-@pytest.mark.parametrize("budget", [0.2, 0.5])
-def test_peers_keep_their_budget(method: str, n: int, budget: float) -> None:
-    prompt = Prompt.random(
-        n, 3, Goal(None, budget), 64, ladder="paper", method=method, kv_budget=budget
-    )
-    stats = prompt.profile.stats()
-    stats = replace(stats, scores=stats.scores.repeat(3, 1, 1))  # three layers
-    choice = prompt.profile.choose(stats)
-    count = max(32, round(budget * n))
-    if method == "h2o":  # it has no observation window to keep
-        count = 2 * math.ceil(budget * n / 2)
-    assert choice.kept.sum(-1).float().mean() == count
-    assert choice.kept[..., -1].all() and not (choice.sticky & ~choice.kept).any()
-    if method == "streaming":
-        assert choice.kept[..., :4].all() and choice.sticky.sum() == 3 * 8
-    if method == "pyramidkv":
-        assert (choice.kept.sum((1, 2)).diff() <= 0).all()
-    if method == "snapkv":
-        wanted = torch.tensor([prompt.scores(h) for h in range(2)])
-        wanted[:, -32:] = 9e9
-        inside = wanted.masked_fill(~choice.kept[0], 9e9).amin(-1)
-        outside = wanted.masked_fill(choice.kept[0], -1).amax(-1)
-        assert (inside >= outside - 1e-4).all()
-
-
-@pytest.mark.parametrize("method", ["fastgen", *PEERS])
-def test_choices_on_a_device(method: str) -> None:
-    prompt = Prompt.random(
-        200, 3, Goal(None, 0.4), 64, ladder="adaptive", method=method, kv_budget=0.4
-    )
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_special_tokens_do_not_undo_a_budget(share: float) -> None:
+    """A prompt full of them keeps the budget; one with some keeps all of them."""
+    prompt = Prompt.random(400, 3, Goal(None, 0.5), 100, ladder="adaptive")
     profile = prompt.profile
-    stats = profile.stats()
-    wanted, least = profile.choose(stats), profile.ladder.least_windows[0]
+    special = torch.rand(400, generator=torch.Generator().manual_seed(0)) < share
+    profile.token_classes = with_sinks(special.to(torch.uint8), profile.profiling.num_sinks)
+    choice = profile.finish()
+    kept_pages = -(-choice.kept.sum(-1) // PAGE)
+    assert int(kept_pages.sum()) <= 0.5 * 2 * 100
+    assert choice.kept[..., :4].all() and choice.sticky[..., :4].all()
+    assert (choice.kept | ~special).all() == (share < 0.5)
+    assert (choice.sticky[..., 4:].any()) == (share < 0.5), "else they compete like others"
+
+
+@pytest.mark.parametrize("method", [*METHODS])
+def test_choices_on_a_device(method: str) -> None:
+    how = {"ladder": "adaptive", "method": method, "kv_budget": 0.4}
+    prompt = Prompt.random(200, 3, Goal(None, 0.4), 64, **how)
+    profile = prompt.profile
+    stats, wanted = profile.stats(), profile.finish()
     with pretend_device():
-        profile.ladder = Ladder.from_hybrids(profile.ladder.hybrids, least, DEVICE)
-        tensors = (stats.mass, stats.value_norms, stats.scores, stats.special, stats.punctuation)
-        found = profile.choose(PromptStats(*(x.to(DEVICE) for x in tensors), PAGE))
-        assert torch.equal(found.policy.cpu(), wanted.policy)
+        ladder = profile.config.ladder_on(DEVICE)
+        names = [f.name for f in fields(PromptStats)]
+        there = {
+            name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+            for name, value in ((name, getattr(stats, name)) for name in names)
+        }
+        found = METHODS[method].choose(ladder, PromptStats(**there), profile.goal)
+        for ours, theirs in zip(found.rules.tensors(), wanted.rules.tensors(), strict=True):
+            assert torch.equal(ours.cpu(), theirs)
         assert torch.equal(found.kept.cpu(), wanted.kept)
 
 
@@ -259,8 +258,7 @@ def test_chunking_changes_nothing(sampling: int, weighting: str) -> None:
     for chunk in (1, 7, 32):
         parts = Prompt.random(90, 3, goal, chunk, **how).profile
         torch.testing.assert_close(parts.mass, whole.mass, rtol=1e-4, atol=1e-5)
-        policies = [p.choose(p.stats()).policy for p in (parts, whole)]
-        assert torch.equal(*policies)
+        assert hybrids_of(parts.finish().rules) == hybrids_of(whole.finish().rules)
 
 
 def test_ties_go_to_the_lower_position() -> None:
@@ -269,6 +267,11 @@ def test_ties_go_to_the_lower_position() -> None:
     stats.scores[:] = torch.tensor([1.0, 9, 2, 2, 1, 2, 0, 0, 0, 50])
     kept = kept_keys(prompt.profile.ladder, stats, torch.zeros(1, 2, dtype=torch.int64)).kept
     assert keys(kept[0, 0]) == {1, 2, 3, 9}
+
+
+def test_heads_numbers_say_their_policy() -> None:
+    hybrids = (*PAPER_LADDER, *ADAPTIVE_LADDER, Hybrid(local=0.25), Hybrid(frequent=0.0001))
+    assert hybrids_of(Ladder.from_hybrids(hybrids, 64).rules) == list(hybrids)
 
 
 @pytest.mark.parametrize(("ratio", "n", "expected"), [(3000, 10, 3), (1000, 30, 3), (3000, 11, 4)])

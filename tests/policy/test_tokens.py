@@ -2,7 +2,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fastgen_vllm.errors import FastGenConfigError
-from fastgen_vllm.policy.tokens import TokenFlags, is_punctuation
+from fastgen_vllm.policy.tokens import CLASS_BITS, is_punctuation, token_classes
 
 
 @pytest.mark.parametrize(
@@ -27,19 +27,19 @@ def test_punctuation_is_unicode(text: str, expected: bool) -> None:
     assert is_punctuation(text) is expected
 
 
-def test_flags_of_a_real_tokenizer(model: str) -> None:
+def test_classes_of_a_real_tokenizer(model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
-    flags = TokenFlags.from_tokenizer(tokenizer, len(tokenizer) + 100, ["the"])
-    ids = flags.special[: len(tokenizer)].nonzero().flatten().tolist()
+    classes = token_classes(tokenizer, len(tokenizer) + 100, ["the"])
+    ids = (classes & CLASS_BITS["special"]).nonzero().flatten().tolist()
     special = {tokenizer.convert_ids_to_tokens(i) for i in ids}
     assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "the"} <= special
     for text, expected in ((",", True), ("and", False), ("<|im_end|>", False)):
         (token,) = tokenizer.encode(text, add_special_tokens=False)
-        assert bool(flags.punctuation[token]) is expected, text
-    assert flags.special.shape == (len(tokenizer) + 100,)
+        assert bool(classes[token] & CLASS_BITS["punctuation"]) is expected, text
+    assert classes.shape == (len(tokenizer) + 100,)
 
 
 def test_extra_special_token_must_be_one_token(model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     with pytest.raises(FastGenConfigError, match="'two words' is 2 tokens"):
-        TokenFlags.from_tokenizer(tokenizer, len(tokenizer), ["two words"])
+        token_classes(tokenizer, len(tokenizer), ["two words"])

@@ -12,8 +12,8 @@ from fastgen_vllm import tensors
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.kernels import reference
-from fastgen_vllm.policy.tokens import TokenFlags
 from fastgen_vllm.runtime import footprint
+from fastgen_vllm.runtime.driver import Driver
 from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.vllm_plugin.worker import FastGenWorkerMixin
 
@@ -29,32 +29,26 @@ def test_prompts(reduction: str, at_once: int, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(module, "MOST_AT_ONCE", at_once)
     config = FastGenConfig(group_reduction=reduction)
     load = footprint.Load(LAYERS, HEADS, GROUP, 8 * SIZE, TOKENS, 1, CHUNK, 1)
-    names = ["ending", "beginning"]
     with pretend_device() as mode:
-        flags = TokenFlags(torch.arange(9) < 1, torch.arange(9) < 2).to(DEVICE)
+        classes = torch.ones(9, dtype=torch.uint8).to(DEVICE)
         kv = torch.zeros(BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE, device=DEVICE)
         kv_bytes = mode.in_use
-        runtime = Runtime(config, flags, kv, GROUP)
+        runtime = Runtime(config, classes, kv, GROUP, max_requests=1)
         runtime.kernels = reference
-        for name, chunks in zip(names, ((CHUNK, TOKENS), (CHUNK,)), strict=True):
-            runtime.begin_prefill(name, [1] * TOKENS, RequestOverride())
+        driver = Driver(runtime)
+        for name, chunks in (("ending", (CHUNK, TOKENS)), ("beginning", (CHUNK,))):
+            driver.begin(name, [1] * TOKENS, RequestOverride())
             profile = runtime.prefills[name].profile
             assert profile is not None
             for num_keys in chunks:
                 profile.make_room(num_keys)
             profile.mass.copy_(torch.rand(profile.mass.shape))
-        step = runtime.start_step(
-            names[:1],
-            torch.tensor([0, TOKENS]),
-            torch.tensor([TOKENS], device=DEVICE),
-            torch.arange(1, 1 + -(-TOKENS // BLOCK), device=DEVICE)[None],
-            torch.zeros(TOKENS, dtype=torch.int64, device=DEVICE),
-        )
-        runtime.finish_step(step).get()
+        driver.finish_step(driver.start_step({"ending": TOKENS}))
         taken = mode.peak - kv_bytes
         assert mode.in_use < mode.peak
     share = footprint.for_each_kv_byte(config, load)
     left_free = footprint.for_prompts(config, load) + share * kv_bytes
+    left_free += footprint.for_requests(load)
     assert 0.5 * left_free < taken <= left_free
 
 

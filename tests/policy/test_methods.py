@@ -1,0 +1,148 @@
+"""Each method of the literature is what its paper defines, not just so many keys."""
+
+import math
+
+import pytest
+import torch
+
+from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.policy.choice import Choice, Goal, PromptStats
+from fastgen_vllm.policy.methods import METHODS
+from fastgen_vllm.policy.methods.adakv import SAFEGUARD
+from fastgen_vllm.policy.methods.pyramidkv import BETA
+
+LAYERS, HEADS = 5, 3
+PEERS = [name for name in METHODS if name != "fastgen"]
+
+
+def choose(
+    method: str, n: int, budget: float, spread: float = 1.0, **settings: object
+) -> tuple[Choice, torch.Tensor]:
+    """The choice of random scores ``[L, H, n]``, some heads' far larger than others', and those."""
+    config = FastGenConfig.from_dict({"method": method, "kv_budget": budget, **settings})
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.rand(LAYERS, HEADS, n, generator=generator)
+    scores *= torch.logspace(0, spread, HEADS)[:, None]
+    classes = torch.zeros(n, dtype=torch.uint8)
+    stats = PromptStats(
+        scores[:, :, None, :, None],
+        torch.ones_like(scores),
+        scores,
+        scores,
+        classes,
+        16,
+        config.profiling,
+    )
+    choice = METHODS[method].choose(config.ladder_on(), stats, Goal(None, budget))
+    return choice, scores
+
+
+def best(scores: torch.Tensor, count: int) -> set[int]:
+    """Positions of the highest, by a plain sort."""
+    order = sorted(range(len(scores)), key=lambda p: -float(scores[p]))
+    return set(order[:count])
+
+
+def kept(choice: Choice, layer: int, head: int) -> set[int]:
+    return set(choice.kept[layer, head].nonzero().flatten().tolist())
+
+
+def window_and_best(scores: torch.Tensor, count: int, window: int) -> set[int]:
+    n = len(scores)
+    return set(range(n - window, n)) | best(scores[: n - window], count - window)
+
+
+@pytest.mark.parametrize("n", [40, 200, 333])
+@pytest.mark.parametrize("budget", [0.2, 0.5])
+@pytest.mark.parametrize("method", PEERS)
+def test_budget(method: str, budget: float, n: int) -> None:
+    choice, _ = choose(method, n, budget)
+    count = max(32, round(budget * n))
+    if method == "h2o":  # it has no observation window to keep
+        count = 2 * math.ceil(budget * n / 2 - 1e-9)
+    assert float(choice.kept.sum(-1).float().mean()) == pytest.approx(count, abs=0.5)
+    assert choice.kept[..., -1].all() and not (choice.sticky & ~choice.kept).any()
+
+
+@pytest.mark.parametrize("window", [None, 8, 50])
+def test_snapkv_keeps_every_heads_best(window: int | None) -> None:
+    settings = {} if window is None else {"observation_window": window}
+    choice, scores = choose("snapkv", 300, 0.4, **settings)
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            wanted = window_and_best(scores[layer, head], 120, window or 32)
+            assert kept(choice, layer, head) == wanted
+
+
+@pytest.mark.parametrize(("budget", "n"), [(0.4, 300), (0.8, 300), (0.3, 2000)])
+def test_pyramidkv_falls_linearly_with_depth(budget: float, n: int) -> None:
+    choice, scores = choose("pyramidkv", n, budget)
+    mean = round(budget * n)
+    lowest = max(32, mean // BETA, 2 * mean - n)
+    counts = choice.kept.sum(-1)
+    assert (counts == counts[:, :1]).all(), "the heads of a layer keep as many"
+    wanted = [2 * mean - lowest + (2 * lowest - 2 * mean) * i / (LAYERS - 1) for i in range(LAYERS)]
+    assert counts[:, 0].tolist() == pytest.approx(wanted, abs=0.51)
+    assert counts[0, 0] > counts[-1, 0]
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            count = int(counts[layer, head])
+            assert kept(choice, layer, head) == window_and_best(scores[layer, head], count, 32)
+
+
+def test_adakv_shares_a_layers_budget_by_its_heads_scores() -> None:
+    """Heads of small scores fall to the safeguard, those of large ones get the rest."""
+    choice, scores = choose("adakv", 400, 0.3, spread=2.0)
+    safe = int(SAFEGUARD * 120)
+    counts = choice.kept.sum(-1)
+    assert (counts.sum(-1) == 3 * 120).all()
+    assert (counts[:, 0] == max(32, safe)).all() and (counts[:, 2] > 180).all()
+    for layer in range(LAYERS):
+        everything = {
+            (head, p)
+            for head in range(HEADS)
+            for p in window_and_best(scores[layer, head], max(32, safe), 32)
+        }
+        rest = [
+            (float(scores[layer, head, p]), head, p)
+            for head in range(HEADS)
+            for p in range(400)
+            if (head, p) not in everything
+        ]
+        rest.sort(reverse=True)
+        everything |= {(head, p) for _, head, p in rest[: 3 * 120 - len(everything)]}
+        found = {(head, p) for head in range(HEADS) for p in kept(choice, layer, head)}
+        assert found == everything
+
+
+@pytest.mark.parametrize("sinks", [None, 0, 10])
+def test_streaming_keeps_sinks_and_a_window(sinks: int | None) -> None:
+    settings = {} if sinks is None else {"num_sinks": sinks}
+    choice, _ = choose("streaming", 200, 0.3, **settings)
+    count = 4 if sinks is None else sinks
+    wanted = set(range(count)) | set(range(200 - (60 - count), 200))
+    assert kept(choice, 2, 1) == wanted
+    assert choice.sticky.sum() == count * LAYERS * HEADS
+
+
+def test_h2o_keeps_heavy_hitters_and_a_window() -> None:
+    choice, scores = choose("h2o", 200, 0.3)
+    for head in range(HEADS):
+        assert kept(choice, 1, head) == window_and_best(scores[1, head], 60, 30)
+    assert choice.rules.keeps_scores.all(), "and goes on so while decoding"
+
+
+def test_random_looks_at_nothing() -> None:
+    choice, _ = choose("random", 300, 0.4)
+    again, _ = choose("random", 300, 0.4, spread=3.0)
+    assert torch.equal(choice.kept, again.kept), "other scores, the same keys"
+    assert choice.kept[..., :4].all() and choice.kept[..., -32:].all()
+    middle = choice.kept[..., 4:-32].float()
+    assert 0.2 < float(middle.mean()) < 0.5 and not (middle[0] == middle[1]).all()
+
+
+def test_no_two_methods_are_the_same() -> None:
+    found = {method: choose(method, 300, 0.4)[0].kept for method in PEERS}
+    for method, ours in found.items():
+        for other, theirs in found.items():
+            assert method == other or not torch.equal(ours, theirs), (method, other)
