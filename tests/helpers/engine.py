@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 from typing import Any
 
+from fastgen_vllm.kernels import HeadRules
+from fastgen_vllm.policy.hybrids import hybrids_of
 from helpers.paths import MODEL
 
 KOREAN = (
@@ -159,11 +161,18 @@ class Engine:
         for request_id, row in tables.rows.items():
             seen = traces.get(request_id)
             if seen is None:
-                seen = traces[request_id] = Finished([], [], "", {}, tables.policy[row].tolist())
+                policy = self._policy(tables.state.rules[row])
+                seen = traces[request_id] = Finished([], [], "", {}, policy)
             positions = pool.positions[tables.pages_of(request_id)].flatten(2).tolist()
             kept = [[{p for p in head if p >= 0} for head in layer] for layer in positions]
             if not seen.kept or kept != seen.kept[-1]:
                 seen.kept.append(kept)
+
+    def _policy(self, rules: HeadRules) -> list[list[int]]:
+        """``[L][H]``, index into the engine's ladder."""
+        ladder, heads = self.runtime.config.hybrids, self.runtime.pool.num_kv_heads
+        rungs = [ladder.index(hybrid) for hybrid in hybrids_of(rules)]
+        return [rungs[i : i + heads] for i in range(0, len(rungs), heads)]
 
 
 def chat(model: str, question: str) -> str:

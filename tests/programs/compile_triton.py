@@ -7,7 +7,6 @@ Prints a line per kernel: its name and the bytes of its cubin and of its shared 
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from helpers.kernel_cases import Tables
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from fastgen_vllm.kernels import DecodeBatch, Pages, ProfiledQueries, PromptKeys
 from fastgen_vllm.kernels import triton as ops
 
 
@@ -48,50 +48,31 @@ def launch_nothing(capability: int) -> None:
 
 
 def every_operation(group: int, head_size: int, dtype: torch.dtype) -> None:
-    n, heads, block_size, width = 3, 2, 16, 8
-    num_pages = 2 * n * heads * width + 1
-    pages = torch.zeros(num_pages, block_size, 2 * head_size, dtype=dtype)
+    n, heads, block_size = 3, 2, 16
+    tables = Tables.random(4, block_size)
+    num_pages = len(tables.pages.positions)
+    kv = torch.zeros(num_pages, block_size, 2 * head_size, dtype=dtype)
+    pages = Pages(kv, tables.pages.positions, tables.pages.scores)
+    rows, classes = torch.arange(n), torch.zeros(n, dtype=torch.uint8)
+    slots = torch.zeros(n, 2, heads, dtype=torch.int64)
+    batch = DecodeBatch(rows, rows + 1, classes, slots, 6)
+    ops.plan_decode(pages, tables.heads, batch)
     key = torch.zeros(n, heads, head_size, dtype=dtype)
-    ops.write_kv(key, key, pages, torch.zeros(n, heads, dtype=torch.int64))
+    ops.write_kv(key, key, kv, slots[:, 0])
     query = torch.zeros(n, heads, group, head_size, dtype=dtype)
-    ops.decode_attention(
-        query,
-        pages,
-        torch.zeros(num_pages, block_size, dtype=torch.int32),
-        torch.arange(n),
-        torch.zeros(n * 2 * heads * width, dtype=torch.int32),
-        torch.zeros(n, 2, heads, dtype=torch.int64)[:, 0],
-        torch.zeros(n, 2, heads, dtype=torch.int32)[:, 0],
-        torch.zeros(n, 2, heads, dtype=torch.bool)[:, 0],
-        torch.zeros(num_pages, block_size),
-        width,
-        1.0,
-        torch.zeros_like(query),
-    )
-    table = torch.zeros(heads, width, dtype=torch.int64)
+    ops.decode_attention(query, pages, tables.heads, batch, 0, 1.0, torch.zeros_like(query))
+    table = torch.zeros(2, heads, 7, dtype=torch.int64)
+    keys, lse = PromptKeys(kv, table[0], 100), torch.zeros(n, heads, group)
     for groups in {1, group}:
         mass = torch.zeros(heads, groups, 100, 5)
         bounds = torch.tensor([1, 4, 20, 100])
-        lse = torch.zeros(n, heads, group)
-        ops.attention_mass(query, pages, table, 100, lse, 90, 3, bounds, 1.0, mass)
-    kept = torch.ones(2, heads, 100, dtype=torch.bool)
-    ops.pack_slots(pages, torch.zeros(2, heads, width, dtype=torch.int64), kept)
+        ops.attention_mass(ProfiledQueries(query, lse, 90, 3), keys, bounds, 1.0, mass)
+    ops.pack_slots(pages, table, torch.ones(2, heads, 100, dtype=torch.bool), table)
     ops.move_pages(pages, torch.arange(4), torch.arange(4) + 4)
-
-
-def bookkeeping() -> None:
-    tables, n = Tables.random(4, 16, 1), 3
-    state = [getattr(tables, field.name) for field in fields(Tables)]
-    ladder = [torch.tensor([x]) for x in (False, False, True)] + [torch.tensor([0])] * 3
-    none = torch.zeros(n, dtype=torch.bool)
-    slots = torch.zeros(n, 2, 2, dtype=torch.int64)
-    for mean in (False, True):
-        ops.plan_decode(torch.arange(n), torch.arange(n), none, none, ladder, mean, *state, slots)
 
 
 if __name__ == "__main__":
     launch_nothing(int(sys.argv[1]))
-    bookkeeping()
     every_operation(4, 128, torch.bfloat16)
     every_operation(7, 64, torch.float16)
     every_operation(3, 80, torch.float32)

@@ -45,13 +45,13 @@ def triton_cases(small: bool) -> Iterator[tuple[str, Case]]:
                 case = partial(cases.head_and_block_size, triton, head_size, block, dtype)
                 yield f"head size {head_size}, block size {block}, {dtype}", case
     for block in (8,) if small else (8, 16, 32):
-        for mean in (False, True):
-            case = partial(cases.plan_decode, triton, block, mean)
-            yield f"bookkeeping, block size {block}, mean {mean}", case
+        yield f"bookkeeping, block size {block}", partial(cases.plan_decode, triton, block)
     yield "bookkeeping, short of pages", partial(cases.plan_decode_short_of_pages, triton)
     yield "page moves", partial(cases.move_pages, triton)
     for n in (1, 16, 17, 100):
-        yield f"compaction, {n} tokens", partial(cases.pack_slots, triton, n)
+        for in_place in (True, False):
+            case = partial(cases.pack_slots, triton, n, in_place)
+            yield f"compaction, {n} slots, {'in place' if in_place else 'elsewhere'}", case
 
 
 def cuda_cases() -> Iterator[tuple[str, Case]]:

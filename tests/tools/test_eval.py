@@ -11,6 +11,7 @@ from helpers.paths import TEXTS
 from typer.testing import CliRunner
 
 from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.policy.hybrids import hybrids_of
 from fastgen_vllm.tools.cli import app
 from fastgen_vllm.tools.eval import chart, markdown, run_eval, variants
 from fastgen_vllm.tools.eval_tasks import Load, items, rouge_l
@@ -26,7 +27,9 @@ def test_the_lab_is_the_engine(model: str, engine: Engine, goal: dict) -> None:
     wanted = engine.run(trace=True)[name]
     lab = Lab(model, [Variant("one", FastGenConfig(min_prompt_tokens=16, **goal))], 4096)
     lab.prefill(wanted.prompt, chunk=100)
-    assert lab.choices["one"].policy.tolist() == wanted.policy
+    ladder, heads = engine.runtime.config.hybrids, lab.runtime.pool.num_kv_heads
+    rungs = [ladder.index(hybrid) for hybrid in hybrids_of(lab.choices["one"].rules)]
+    assert [rungs[i : i + heads] for i in range(0, len(rungs), heads)] == wanted.policy
     for step, token in enumerate(wanted.output):
         assert lab.kept_positions("one") == wanted.kept[step]
         assert int(lab.logits[0].argmax()) == token

@@ -13,7 +13,7 @@ from helpers.engine import KOREAN, Engine, Finished, chat, english
 from helpers.paths import PROGRAMS
 from vllm.exceptions import VLLMValidationError
 
-from fastgen_vllm.runtime.runtime import StepReport
+from fastgen_vllm.runtime.report import StepReport
 
 NATURAL = [
     ("booleans", 200),
