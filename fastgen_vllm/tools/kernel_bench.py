@@ -1,7 +1,9 @@
-"""Micro-benchmarks of the native kernels: time, bytes or operations, and the machine's own rate."""
+"""Micro-benchmarks of the kernels, on a CPU or a GPU: time, what must move, and the machine's own
+rate. Needs torch alone, and triton for a GPU."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,18 +11,201 @@ from typing import Any
 
 import torch
 
-from fastgen_vllm.kernels import cpu
-from fastgen_vllm.policy.choice import Ladder
-from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER
+from fastgen_vllm.kernels import (
+    UNBOUNDED,
+    DecodeBatch,
+    HeadRules,
+    HeadState,
+    Kernels,
+    Pages,
+    ProfiledQueries,
+    PromptKeys,
+    cpu,
+)
+from fastgen_vllm.profiler.queries import query_runs
+from fastgen_vllm.tensors import RATIO_UNIT
+from fastgen_vllm.tools.models import ModelShape
+
+BLOCK = 16
+WINDOW_RATIOS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3)
+"""Of the adaptive ladder's hybrids; beside its least window they bound the distance buckets."""
+
+
+class Clock:
+    """Times by CUDA events, or by the host's clock where there is no GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def seconds(self, function: Callable[[], Any], total: float = 0.1) -> float:
+        """On a GPU the median over as many runs as fit in ``total`` seconds, 3 at least; on a CPU the
+        shortest of 7: what the machine can do when left alone."""
+        function()
+        if not self.cuda:
+            return min(self._time(function) for _ in range(7))
+        rounds = max(3, min(50, int(total / max(self._time(function), 1e-6))))
+        return statistics.median(self._time(function) for _ in range(rounds))
+
+    def _time(self, function: Callable[[], Any]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # The queue is never empty, so that launches by the host do not show, as in a CUDA graph.
+        torch.cuda._sleep(20_000_000)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def copy_bandwidth(clock: Clock, num_bytes: int) -> float:
+    """GB/s, read and written, of a large copy on the device."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / clock.seconds(lambda: target.copy_(source)) / 1e9
+
+
+def read_bandwidth(clock: Clock, num_bytes: int = 1 << 29) -> float:
+    """GB/s of summing a large array."""
+    data = torch.zeros(num_bytes // 4)
+    return num_bytes / clock.seconds(data.sum) / 1e9
+
+
+def matmul_rate(clock: Clock, dtype: torch.dtype) -> float:
+    """GFLOP/s of a large matrix product."""
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    return 2 * 2048**3 / clock.seconds(lambda: a @ b.T) / 1e9
+
+
+def head_lengths(shape: tuple[int, ...], tokens: int, kept: float) -> torch.Tensor:
+    """int32, ``kept * tokens`` on average; heads differ tenfold, as real profiles' do."""
+    if kept >= 1.0:
+        return torch.full(shape, tokens, dtype=torch.int32)
+    spread = 10 ** torch.rand(shape)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        scale = (low + high) / 2
+        below = (spread * scale).clamp(max=1.0).mean() < kept
+        low, high = (scale, high) if below else (low, scale)
+    return (spread * high * tokens).clamp(1, tokens).int()
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """Attention of one layer."""
+class DecodeLoad:
+    """What decodes: ``layers`` follow each other as in a model, so that no layer finds its pages in
+    a cache; heads keep ``kept`` of ``tokens`` on average, and ``scored`` of them keep scores."""
 
-    num_kv_heads: int
-    group_size: int
-    head_size: int
+    requests: int
+    tokens: int
+    layers: int
+    kept: float = 1.0
+    scored: float = 0.0
+
+
+class DecodeState:
+    """Decode state of a load: pages in random order. Heads of a third of the rules are full."""
+
+    def __init__(self, shape: ModelShape, load: DecodeLoad, dtype: torch.dtype) -> None:
+        self.load, self.head_size = load, shape.head_size
+        heads = (load.requests, load.layers, shape.num_kv_heads)
+        lengths = head_lengths(heads, load.tokens, load.kept)
+        num_pages = -(-lengths // BLOCK) + 1
+        ends = num_pages.flatten().cumsum(0)
+        total = int(ends[-1]) + 1
+        kv = torch.empty(total, BLOCK, 2 * shape.head_size, dtype=dtype).normal_()
+        positions = torch.randint(load.tokens, (total, BLOCK), dtype=torch.int32)
+        self.pages = Pages(kv, positions, torch.rand(total, BLOCK))
+        self.heads = HeadState(
+            (torch.randperm(total - 1) + 1).int(),
+            (ends - num_pages.flatten()).view(heads),
+            lengths,
+            torch.ones(heads, dtype=torch.int32),
+            self._rules(heads, lengths),
+            torch.zeros(load.requests, 3 * load.layers * shape.num_kv_heads, dtype=torch.int32),
+            torch.full((load.requests,), load.layers * shape.num_kv_heads, dtype=torch.int32),
+        )
+        rows = torch.arange(load.requests)
+        self.batch = DecodeBatch(
+            rows,
+            torch.full((load.requests,), load.tokens),
+            torch.zeros(load.requests, dtype=torch.uint8),
+            torch.zeros(heads, dtype=torch.int64),
+            int(num_pages.max()) - 1,
+        )
+        group = (load.requests, shape.num_kv_heads, shape.group_size, shape.head_size)
+        self.query = torch.randn(group).to(dtype)
+        self.output = torch.empty_like(self.query)
+
+    def _rules(self, heads: tuple[int, ...], lengths: torch.Tensor) -> HeadRules:
+        """Full heads append; the others, half of them by score, stand at their budget and evict."""
+        rules = HeadRules.zeros(heads, lengths.device)
+        full = (torch.rand(heads) < 1 / 3) | (lengths >= self.load.tokens - 1)
+        rules.keeps_scores.copy_(torch.rand(heads) < self.load.scored)
+        rules.frequent.copy_(rules.keeps_scores * (RATIO_UNIT // 10))
+        rules.least_window.copy_(torch.where(full, UNBOUNDED, 64))
+        return rules
+
+    def attend(self, kernels: Kernels) -> None:
+        """Every layer's decode attention."""
+        for layer in range(self.load.layers):
+            kernels.decode_attention(
+                self.query,
+                self.pages,
+                self.heads,
+                self.batch,
+                layer,
+                self.head_size**-0.5,
+                self.output,
+            )
+
+    def plan(self, kernels: Kernels) -> None:
+        """The step's bookkeeping. Lengths and free pages stay, so that it can be repeated."""
+        lengths, num_free = self.heads.lengths.clone(), self.heads.num_free.clone()
+        kernels.plan_decode(self.pages, self.heads, self.batch)
+        self.heads.lengths.copy_(lengths)
+        self.heads.num_free.copy_(num_free)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one layer, on average, what attention must move: K, V and positions of kept slots,
+        scores read and written."""
+        slots = int(self.heads.lengths.sum())
+        scored = int((self.heads.lengths * self.heads.rules.keeps_scores).sum())
+        content = 2 * self.head_size * self.pages.kv.dtype.itemsize + 4
+        return (slots * content + 8 * scored) // self.load.layers
+
+
+class PrefillState:
+    """One layer's prompt of ``tokens``, in scattered pages, and the operations on it."""
+
+    def __init__(self, shape: ModelShape, tokens: int, dtype: torch.dtype) -> None:
+        heads, width = shape.num_kv_heads, -(-tokens // BLOCK)
+        kv = torch.empty(heads * width, BLOCK, 2 * shape.head_size, dtype=dtype).normal_()
+        table = torch.randperm(heads * width).view(heads, width)
+        self.keys, self.scale = PromptKeys(kv, table, tokens), shape.head_size**-0.5
+        query = torch.randn(tokens, heads, shape.group_size, shape.head_size)
+        self.query = query.to(dtype)
+        self.output = torch.empty_like(self.query)
+        self.lse = torch.zeros(tokens, heads, shape.group_size)
+        windows = {64, *(int(ratio * tokens) for ratio in WINDOW_RATIOS)}
+        self.bounds = torch.tensor(sorted(windows - {0}))
+        self.mass = torch.zeros(heads, 1, tokens, len(self.bounds) + 1)
+
+    def attend(self, kernels: Kernels) -> None:
+        self.lse = kernels.prefill_attention(self.query, self.keys, self.scale, self.output)
+
+    def profile(self, kernels: Kernels, every_query: bool) -> None:
+        """The profiling pass over the queries that the default weighting looks at, or over all."""
+        weighting = "uniform" if every_query else "recent"
+        runs, _ = query_runs(weighting, 32, 1, self.keys.num_keys)
+        for run in runs:
+            own = slice(run.first, run.end, run.step)
+            keys = PromptKeys(self.keys.kv, self.keys.page_table, run.end)
+            queries = ProfiledQueries(self.query[own], self.lse[own], run.first, run.step)
+            kernels.attention_mass(queries, keys, self.bounds, self.scale, self.mass)
 
 
 @dataclass(frozen=True)
@@ -33,112 +218,8 @@ class KernelFigure:
     unit: str
 
 
-def best_seconds(function: Callable[[], Any], rounds: int = 7) -> float:
-    """The shortest of some runs: what the machine can do when left alone."""
-    function()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def read_bandwidth(num_bytes: int = 1 << 29) -> float:
-    """GB/s of summing a large array, all threads."""
-    data = torch.zeros(num_bytes // 4)
-    return num_bytes / best_seconds(data.sum) / 1e9
-
-
-def decode_figures(
-    shape: ModelShape, dtype: torch.dtype, num_requests: int, slots: int
-) -> list[KernelFigure]:
-    """Decode attention over scattered pages, with and without scores, and its bookkeeping.
-
-    Layers follow each other as in a model, so that no layer finds its pages in the CPU's cache.
-    """
-    layers, block = 8, 16
-    heads, D = shape.num_kv_heads, shape.head_size
-    pages_each = slots // block
-    num_pages = num_requests * layers * heads * pages_each + 1
-    pages = torch.empty((num_pages, block, 2 * D), dtype=dtype).normal_()
-    cpu.use_huge_pages(pages)
-    positions = torch.zeros((num_pages, block), dtype=torch.int32)
-    scores = torch.zeros((num_pages, block))
-    table = (torch.randperm(num_pages - 1) + 1).int()
-    start = pages_each * torch.arange(num_requests * layers * heads)
-    start = start.view(num_requests, layers, heads)
-    lengths = torch.full((num_requests, layers, heads), slots, dtype=torch.int32)
-    rows = torch.arange(num_requests)
-    query = torch.randn(num_requests, heads, shape.group_size, D).to(dtype)
-    output = torch.empty_like(query)
-    figures = []
-    for keeps in (False, True):
-        keeps_scores = torch.full(lengths.shape, keeps)
-
-        def run(keeps_scores: torch.Tensor = keeps_scores) -> None:
-            for layer in range(layers):
-                cpu.decode_attention(
-                    query,
-                    pages,
-                    positions,
-                    rows,
-                    table,
-                    start[:, layer],
-                    lengths[:, layer],
-                    keeps_scores[:, layer],
-                    scores,
-                    pages_each,
-                    0.1,
-                    output,
-                )
-
-        seconds = best_seconds(run)
-        # K and V, positions, and scores read and written.
-        moved = lengths.numel() * slots * (2 * D * dtype.itemsize + 4 + (8 if keeps else 0))
-        name = "decode attention" + (", with scores" if keeps else "")
-        figures.append(KernelFigure(name, seconds / layers * 1e3, moved / seconds / 1e9, "GB/s"))
-    return figures
-
-
-def prefill_figures(shape: ModelShape, dtype: torch.dtype, num_tokens: int) -> list[KernelFigure]:
-    """Prefill attention and the profiling pass over one prompt."""
-    heads, group, D, block = shape.num_kv_heads, shape.group_size, shape.head_size, 16
-    blocks = -(-num_tokens // block)
-    pages = torch.empty((heads * blocks, block, 2 * D), dtype=dtype).normal_()
-    table = torch.arange(heads * blocks).view(heads, blocks)
-    query = torch.randn(num_tokens, heads, group, D).to(dtype)
-    output = torch.empty_like(query)
-    lse = torch.empty(0)
-
-    def attend() -> None:
-        nonlocal lse
-        lse = cpu.prefill_attention(query, pages, table, num_tokens, 0.1, output)
-
-    ladder = Ladder.from_hybrids(ADAPTIVE_LADDER, least_window=64)
-    bounds = torch.tensor(ladder.windows(num_tokens))
-    mass = torch.zeros(heads, 1, num_tokens, len(bounds) + 1)
-
-    def profile() -> None:
-        cpu.attention_mass(query, pages, table, num_tokens, lse, 0, 1, bounds, 0.1, mass)
-
-    pairs = heads * group * num_tokens * (num_tokens + 1) / 2
-    figures = []
-    for name, run, products in (("prefill attention", attend, 2), ("attention mass", profile, 1)):
-        seconds = best_seconds(run)
-        rate = pairs * products * 2 * D / seconds / 1e9
-        figures.append(KernelFigure(name, seconds * 1e3, rate, "GFLOP/s"))
-    return figures
-
-
-def matmul_rate(dtype: torch.dtype) -> float:
-    """GFLOP/s of a large matrix product."""
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    return 2 * 2048**3 / best_seconds(lambda: a @ b.T) / 1e9
-
-
 def kernel_figures(shape: ModelShape, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
-    """All of it.
+    """The native kernels of a CPU at a model's shape, one layer each, beside the machine's rates.
 
     Raises:
         RuntimeError: the native kernels cannot run here.
@@ -146,11 +227,28 @@ def kernel_figures(shape: ModelShape, dtype: torch.dtype, quick: bool) -> dict[s
     problem = cpu.problem(shape.head_size, dtype)
     if problem:
         raise RuntimeError(f"no native kernels to measure: {problem}")
-    bandwidth = read_bandwidth()
-    figures = decode_figures(shape, dtype, 16, 512 if quick else 2048)
-    figures += prefill_figures(shape, dtype, 1024 if quick else 2048)
+    clock = Clock("cpu")
+    figures = []
+    for scored in (0.0, 1.0):
+        state = DecodeState(shape, DecodeLoad(16, 512 if quick else 2048, 8, scored=scored), dtype)
+        cpu.prepare(state.pages.kv)
+        seconds = clock.seconds(lambda state=state: state.attend(cpu)) / 8  # type: ignore[misc]
+        name = "decode attention" + (", with scores" if scored else "")
+        rate = state.num_bytes / seconds / 1e9
+        figures.append(KernelFigure(name, seconds * 1e3, rate, "GB/s"))
+    tokens = 1024 if quick else 2048
+    prompt = PrefillState(shape, tokens, dtype)
+    pairs = shape.num_heads * tokens * (tokens + 1) / 2
+    passes = {
+        "prefill attention": (lambda: prompt.attend(cpu), 2),
+        "attention mass": (lambda: prompt.profile(cpu, every_query=True), 1),
+    }
+    for name, (run, products) in passes.items():
+        seconds = clock.seconds(run)
+        rate = pairs * products * 2 * shape.head_size / seconds / 1e9
+        figures.append(KernelFigure(name, seconds * 1e3, rate, "GFLOP/s"))
     return {
-        "read_bandwidth_gb_s": bandwidth,
-        "matmul_gflop_s": matmul_rate(dtype),
+        "read_bandwidth_gb_s": read_bandwidth(clock),
+        "matmul_gflop_s": matmul_rate(clock, dtype),
         "kernels": [asdict(figure) for figure in figures],
     }

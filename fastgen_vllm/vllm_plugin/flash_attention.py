@@ -49,6 +49,45 @@ def attend(
     return output.unflatten(1, shape), lse.T.unflatten(1, shape).float()
 
 
+def decode_dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_table: torch.Tensor,
+    used: torch.Tensor,
+    max_tokens: int,
+) -> torch.Tensor:
+    """Decode attention over vLLM's own paged layout: what FastGen's is measured against.
+
+    Args:
+        query: ``[N, heads, D]``.
+        key, value: ``[num_blocks, block_size, H, D]``.
+        block_table: int32 ``[N, B]``.
+        used: int32 ``[N]``, tokens of each request, at most ``max_tokens``.
+
+    Raises:
+        ImportError: this vLLM has no flash attention.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    version = _version(query.shape[-1])
+    if version is None:
+        raise ImportError("this GPU is not supported")
+    starts = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        max_seqlen_q=1,
+        cu_seqlens_q=starts,
+        max_seqlen_k=max_tokens,
+        seqused_k=used,
+        causal=True,
+        block_table=block_table,
+        fa_version=version,
+    )
+
+
 @cache
 def _version(head_size: int) -> int | None:
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version

@@ -150,7 +150,8 @@ def main() -> int:
             kernels["CUDA C++"] = cuda
     with torch.device(device):
         deadline = started + 60 * options.minutes
-        report["benchmarks"] = gpu_bench.run(device, kernels, deadline, options.interpreted)
+        bench = gpu_bench.GpuBench(device, kernels, deadline, options.interpreted)
+        report["benchmarks"] = bench.run()
     report["seconds"] = time.monotonic() - started
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1))
