@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
-.venv/bin/python -m fastgen_vllm.tools.demo .cache/smollm2-135m-instruct "$@"
+.venv/bin/fastgen demo "$@"

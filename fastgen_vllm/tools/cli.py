@@ -1,4 +1,4 @@
-"""The ``fastgen`` command. The work is in ``fastgen_vllm/tools/``."""
+"""The ``fastgen`` command. Each command checks what the user gave and calls its tool."""
 
 from __future__ import annotations
 
@@ -12,177 +12,318 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from typer.core import TyperGroup
 
+import fastgen_vllm
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.errors import FastGenConfigError
+from fastgen_vllm.tools.child import ChildError
+from fastgen_vllm.tools.eval import lm_eval as harness
+from fastgen_vllm.tools.inputs import InputError, check_output, json_object, read_text
+from fastgen_vllm.tools.models import check_model
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+class Commands(TyperGroup):
+    """Commands whose expected errors are one message each, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (InputError, FastGenConfigError) as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except ChildError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
 DEMO_MODEL = Path(".cache/smollm2-135m-instruct")
 DEMO_TEXTS = Path(".cache/texts")
 DType = Literal["bfloat16", "float16", "float32"]
-Settings = Annotated[str, typer.Option(help="More FastGen settings, as JSON.")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="The folder of a Hugging Face model, with its config, weights and tokenizer. The "
+        "default is the small model that scripts/setup.sh makes."
+    ),
+]
+Settings = Annotated[
+    str,
+    typer.Option(
+        metavar="JSON",
+        help="FastGen's settings as a JSON object, for example '{\"kv_budget\": 0.3}'. A setting "
+        "that is not given has its default.",
+    ),
+]
+Recoveries = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="The share of attention, from 0 to 1, that each head has to keep. May be given "
+        "several times, and each value is measured."
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastgen-vllm {fastgen_vllm.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def fastgen() -> None:
-    """Per-head adaptive KV-cache compression for vLLM."""
+def fastgen(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version of fastgen-vllm and exit.",
+        ),
+    ] = False,
+) -> None:
+    """FastGen compresses the KV cache of vLLM, with a policy of its own for each attention head."""
 
 
 @app.command()
 def bench(
-    model: Annotated[Path, typer.Argument(help="A model folder.")] = DEMO_MODEL,
-    recovery: Annotated[
-        list[float] | None, typer.Option(help="May be repeated. By default 1 and the settings'.")
-    ] = None,
+    model: Model = DEMO_MODEL,
+    recovery: Recoveries = None,
     settings: Settings = "{}",
-    json_path: Annotated[Path, typer.Option("--json")] = Path("out/bench.json"),
-    rounds: Annotated[int | None, typer.Option(min=1, help="How often engines take turns.")] = None,
-    dtype: Annotated[DType, typer.Option(help="Of the model and its KV cache.")] = "bfloat16",
-    quick: Annotated[bool, typer.Option(help="Small loads: under 3 minutes.")] = False,
+    json_path: Annotated[
+        Path,
+        typer.Option(
+            "--json",
+            help="The file for the results. A Markdown table and a chart are written beside it.",
+        ),
+    ] = Path("out/bench.json"),
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many times each load is measured with each engine. The results are the "
+            "medians. By default it is 3 times, or 2 times with --quick.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="The number format of the model and of its KV cache.")
+    ] = "bfloat16",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure small loads only. It takes under 3 minutes.")
+    ] = False,
 ) -> None:
-    """Measure stock vLLM and FastGen side by side: JSON, a Markdown table and a chart."""
-    from fastgen_vllm.tools import bench as tool
+    """Measure the speed of stock vLLM and of FastGen side by side, with the same KV memory.
 
-    extra = _settings(settings)
-    method = _config(extra).method
+    Without --recovery it measures FastGen with everything kept, and with the goal of the settings.
+    """
+    from fastgen_vllm.tools.bench import measure, report
+
+    extra = json_object("--settings", settings)
+    method = FastGenConfig.from_dict(extra).method
     for value in recovery or ():
-        _config({"recovery": value})
+        FastGenConfig.from_dict({"recovery": value})
     if recovery and method != "fastgen":
-        raise typer.BadParameter(f"--recovery: method {method!r} has a kv_budget; leave it out")
+        raise InputError(
+            f"--recovery does not go with the method {method!r}, which has a kv_budget. Leave "
+            "--recovery out."
+        )
     recoveries = tuple(recovery or ()) or ((1.0, None) if method == "fastgen" else (None,))
-    _check_model(model)
-    plan = tool.QUICK_PLAN if quick else tool.FULL_PLAN
+    check_model(model)
+    check_output("--json", json_path)
+    plan = measure.QUICK_PLAN if quick else measure.FULL_PLAN
     if rounds is not None:
         plan = replace(plan, rounds=rounds)
-    _write(tool, tool.run_bench(str(model), plan, recoveries, extra, dtype, quick), json_path)
+    job = measure.Bench(str(model), plan, recoveries, extra, dtype, quick)
+    _write(report, measure.run_bench(job), json_path)
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model folder.")] = DEMO_MODEL,
-    method: Annotated[list[str] | None, typer.Option(help="Peers to compare with.")] = None,
-    budget: Annotated[list[float] | None, typer.Option(help="Shares of the KV cache.")] = None,
-    recovery: Annotated[list[float] | None, typer.Option(help="Thresholds T.")] = None,
-    settings: Settings = "{}",
-    texts: Annotated[Path, typer.Option(help="Has english/*.txt and korean/*.txt.")] = DEMO_TEXTS,
-    length: Annotated[list[int] | None, typer.Option(min=256, help="Prompt tokens.")] = None,
-    json_path: Annotated[Path, typer.Option("--json")] = Path("out/eval.json"),
-    quick: Annotated[bool, typer.Option(help="Few prompts: under 10 minutes.")] = False,
-    lm_eval: Annotated[
-        list[str] | None, typer.Option(help="Instead: lm-evaluation-harness tasks, with vLLM.")
+    model: Model = DEMO_MODEL,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A method of the literature to compare with: streaming, h2o, snapkv, pyramidkv, "
+            "adakv or random. May be given several times. By default it is all of them."
+        ),
     ] = None,
-    lm_eval_path: Annotated[Path | None, typer.Option(help="Folder of your own tasks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each such task.")] = None,
-    engine_args: Annotated[str, typer.Option(help="For --lm-eval: of vllm.LLM, as JSON.")] = "{}",
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="The share of the KV cache, from 0 to 1, that a method may keep. May be given "
+            "several times, and each value is measured."
+        ),
+    ] = None,
+    recovery: Recoveries = None,
+    settings: Settings = "{}",
+    texts: Annotated[
+        Path,
+        typer.Option(
+            help="The folder of the texts that prompts are made of, in english/*.txt and "
+            "korean/*.txt. The default are those that scripts/setup.sh fetches."
+        ),
+    ] = DEMO_TEXTS,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=256,
+            help="The length of the prompts in tokens. May be given several times. By default it "
+            "is 1024 and 2048, or 1024 with --quick.",
+        ),
+    ] = None,
+    json_path: Annotated[
+        Path,
+        typer.Option(
+            "--json",
+            help="The file for the results. A Markdown table and, without --lm-eval, a chart are "
+            "written beside it.",
+        ),
+    ] = Path("out/eval.json"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use few prompts. It takes under 10 minutes.")
+    ] = False,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="Run this task of lm-evaluation-harness instead, with stock vLLM and with "
+            "FastGen. May be given several times. It needs the package lm-eval.",
+        ),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="A folder with lm-eval task files of your own. It goes with --lm-eval.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many documents of each lm-eval task are used. By default it is all of them. "
+            "It goes with --lm-eval.",
+        ),
+    ] = None,
+    engine_args: Annotated[
+        str,
+        typer.Option(
+            metavar="JSON",
+            help="Further arguments of vllm.LLM as a JSON object, for example "
+            "'{\"max_model_len\": 2048}'. It goes with --lm-eval.",
+        ),
+    ] = "{}",
 ) -> None:
-    """Measure answers at each share of the KV cache, beside other methods; no hub is needed."""
-    from fastgen_vllm.tools import eval as tool
+    """Measure how good answers are at each share of the KV cache, beside other methods.
 
-    extra, load = _settings(settings), tool.QUICK_LOAD if quick else tool.FULL_LOAD
+    No model or data set is downloaded.
+    """
+    from fastgen_vllm.tools.eval import compare, report
+
+    extra, engine = json_object("--settings", settings), json_object("--engine-args", engine_args)
+    own = FastGenConfig.from_dict(extra)
+    check_model(model)
+    check_output("--json", json_path)
     if lm_eval:
-        _check_model(model)
-        _config(extra)
-        engine = _json_object("--engine-args", engine_args)
-        _lm_eval(model, lm_eval, lm_eval_path, extra, engine, limit, json_path)
+        job = harness.HarnessJob(str(model), tuple(lm_eval), lm_eval_path, limit, extra, engine)
+        _lm_eval(job, json_path)
         return
-    budgets = budget or (tool.QUICK_BUDGETS if quick else tool.BUDGETS)
-    recoveries = recovery or (tool.QUICK_RECOVERIES if quick else tool.RECOVERIES)
-    _check_model(model)
-    try:
-        compared = tool.variants(method or tool.PEER_METHODS, budgets, recoveries, extra)
-        if length:
-            load = replace(load, lengths=tuple(length))
-        results = tool.run_eval(str(model), texts, load, compared, extra)
-    except (FastGenConfigError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from None
-    _write(tool, results, json_path)
+    if lm_eval_path or limit or engine:
+        raise InputError("--lm-eval-path, --limit and --engine-args go with --lm-eval. Add it.")
+    if own.method != "fastgen":
+        raise InputError(
+            f"--settings names the method {own.method!r}. Name methods to compare with by --method."
+        )
+    compared = compare.variants(
+        method or compare.PEER_METHODS,
+        budget or (compare.QUICK_BUDGETS if quick else compare.BUDGETS),
+        recovery or (compare.QUICK_RECOVERIES if quick else compare.RECOVERIES),
+        extra,
+    )
+    load = compare.QUICK_LOAD if quick else compare.FULL_LOAD
+    if length:
+        load = replace(load, lengths=tuple(length))
+    _write(report, compare.run_eval(str(model), texts, load, compared, extra), json_path)
 
 
 @app.command()
 def profile(
-    model: Annotated[Path, typer.Argument(help="A model folder.")] = DEMO_MODEL,
+    model: Model = DEMO_MODEL,
     prompt_file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text.")
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="A UTF-8 text file with the prompt. By default it is a text of about 850 tokens "
+            "from the Python language reference.",
+        ),
     ] = None,
     settings: Settings = "{}",
-    out: Annotated[Path, typer.Option(help="The page; the picture goes beside it.")] = Path(
-        "out/profile.html"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="The file for the HTML page. The picture is written beside it as PNG."),
+    ] = Path("out/profile.html"),
 ) -> None:
-    """Show what each head keeps of a prompt: a page, a picture and a table."""
+    """Show what each attention head keeps of a prompt, as a page, a picture and a table."""
     from fastgen_vllm.tools import profile as tool
     from fastgen_vllm.tools.texts import natural_text
 
-    _check_model(model)
-    prompt = prompt_file.read_text() if prompt_file else natural_text()[:4000]
-    try:
-        found = tool.profile(str(model), prompt, _config(_settings(settings)))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    config = FastGenConfig.from_dict(json_object("--settings", settings))
+    prompt = read_text(prompt_file) if prompt_file else natural_text()[:4000]
+    check_model(model)
+    check_output("--out", out)
+    found = tool.profile(str(model), prompt, config)
     figure = tool.picture(found)
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out.with_suffix(".png"), dpi=110)
-    out.write_text(tool.page(found, figure))
+    out.write_text(tool.page(found, figure), encoding="utf-8")
     Console().print(tool.table(found))
-    typer.echo(f"written to {out} and {out.with_suffix('.png')}")
+    typer.echo(f"The page is in {out} and the picture is in {out.with_suffix('.png')}.")
 
 
-def _lm_eval(
-    model: Path,
-    tasks: list[str],
-    include: Path | None,
-    settings: dict[str, Any],
-    engine_args: dict[str, Any],
-    limit: int | None,
-    json_path: Path,
+@app.command()
+def demo(
+    model: Model = DEMO_MODEL,
+    settings: Settings = "{}",
+    out: Annotated[
+        Path, typer.Option(help="The file for the answers and figures, as JSON.")
+    ] = Path("out/demo.json"),
 ) -> None:
+    """Run the same prompts through stock vLLM and FastGen in the same small KV memory."""
+    from fastgen_vllm.tools import demo as tool
+
+    extra = json_object("--settings", settings)
+    FastGenConfig.from_dict(extra)
+    check_model(model)
+    check_output("--out", out)
+    summary = tool.run_demo(str(model), extra, tool.DEMO_LOAD)
+    _write_json(summary, out)
+    for table in tool.tables(summary):
+        Console().print(table)
+    typer.echo(f"The results are in {out}.")
+
+
+def _lm_eval(job: harness.HarnessJob, json_path: Path) -> None:
     if find_spec("lm_eval") is None:
-        raise typer.BadParameter("--lm-eval needs the package lm-eval: pip install lm-eval")
-    from fastgen_vllm.tools import lm_eval_tasks as tool
-
-    try:
-        results = tool.run_lm_eval(str(model), tasks, include, settings, engine_args, limit)
-    except RuntimeError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
-    json_path.parent.mkdir(parents=True, exist_ok=True)
-    json_path.write_text(json.dumps(results, indent=2) + "\n")
-    Console().print(Markdown(tool.markdown(results)))
-    typer.echo(f"written to {json_path}")
-
-
-def _settings(text: str) -> dict[str, Any]:
-    return _json_object("--settings", text)
-
-
-def _json_object(option: str, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"{option}: {error}") from None
-    if not isinstance(found, dict):
-        raise typer.BadParameter(f"{option}: {text!r} is not a JSON object")
-    return found
-
-
-def _config(settings: dict[str, Any]) -> FastGenConfig:
-    try:
-        return FastGenConfig.from_dict(settings)
-    except FastGenConfigError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _check_model(model: Path) -> None:
-    if not (model / "config.json").is_file():
-        raise typer.BadParameter(f"{model} is no model folder: it has no config.json")
-
-
-def _write(tool: ModuleType, results: dict[str, Any], json_path: Path) -> None:
-    """A tool's results as JSON, and beside it its Markdown table and its chart."""
-    json_path.parent.mkdir(parents=True, exist_ok=True)
-    json_path.write_text(json.dumps(results, indent=2) + "\n")
-    table = tool.markdown(results)
-    json_path.with_suffix(".md").write_text(table)
-    tool.chart(results, json_path.with_suffix(".png"))
+        raise InputError("--lm-eval needs the package lm-eval. Install it: pip install lm-eval")
+    results = harness.run_lm_eval(job)
+    _write_json(results, json_path)
+    table = harness.markdown(results)
+    json_path.with_suffix(".md").write_text(table, encoding="utf-8")
     Console().print(Markdown(table))
-    typer.echo(f"written to {json_path}, and beside it .md and .png")
+    typer.echo(f"The results are in {json_path}, and a Markdown table is beside it.")
+
+
+def _write(report: ModuleType, results: dict[str, Any], json_path: Path) -> None:
+    """A tool's results as JSON, and beside it its Markdown table and its chart."""
+    _write_json(results, json_path)
+    table = report.markdown(results)
+    json_path.with_suffix(".md").write_text(table, encoding="utf-8")
+    report.chart(results, json_path.with_suffix(".png"))
+    Console().print(Markdown(table))
+    typer.echo(f"The results are in {json_path}. A Markdown table and a chart are beside it.")
+
+
+def _write_json(results: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -109,7 +109,9 @@ class GpuBench:
         print(f"\nCopy on the device: {self.copy_gb_s:.0f} GB/s, read and written\n")
         models = (TINY,) if self.small else MODELS
         for model in models:
-            for requests, tokens in [(2, 40)] if self.small else [(1, 8192), (16, 8192), (64, 4096)]:
+            for requests, tokens in (
+                [(2, 40)] if self.small else [(1, 8192), (16, 8192), (64, 4096)]
+            ):
                 self._step(model, requests, tokens)
         self._prefill(models[0], 50 if self.small else 8192)
         print("\n| requests x tokens | kept | GB | us | of copy bandwidth | of kept x dense |")

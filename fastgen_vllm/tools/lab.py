@@ -21,6 +21,7 @@ from fastgen_vllm.profiler.profile import PromptProfile
 from fastgen_vllm.runtime.driver import Driver
 from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.step import Step
+from fastgen_vllm.tools.models import ModelShape
 
 _BASE = "base"
 
@@ -63,17 +64,19 @@ class Lab:
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="fastgen_lab"
         ).eval()
-        config = self.model.config
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", heads)
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape, config = ModelShape.from_config(self.model.config), self.model.config
         block_size = variants[0].config.block_size
-        shape = (num_tokens // block_size, config.num_hidden_layers, kv_heads, block_size)
         classes = token_classes(self.tokenizer, config.vocab_size)
         self.variants = list(variants)
-        kv = torch.zeros(*shape, 2 * head_size)
-        settings, group = variants[0].config, heads // kv_heads
-        self.runtime = Runtime(settings, classes, kv, group, max_requests=len(variants) + 1)
+        kv = torch.zeros(
+            num_tokens // block_size,
+            shape.num_layers,
+            shape.num_kv_heads,
+            block_size,
+            2 * shape.head_size,
+        )
+        settings, most = variants[0].config, len(variants) + 1
+        self.runtime = Runtime(settings, classes, kv, shape.group_size, max_requests=most)
         self.driver = Driver(self.runtime)
         self._step: Step | None = None
         self.logits = torch.empty(0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from fastgen_vllm.tools.inputs import InputError, read_text
+
 
 def natural_text() -> str:
     """About 400,000 characters of English prose: the Python language reference."""
@@ -15,12 +17,12 @@ def texts_in(folder: Path, language: str) -> list[str]:
     """The texts of ``folder/language/*.txt``, longest first.
 
     Raises:
-        FileNotFoundError: there are none.
+        InputError: there are none, or one is not UTF-8.
     """
-    texts = [path.read_text() for path in (folder / language).glob("*.txt")]
+    texts = [read_text(path) for path in (folder / language).glob("*.txt")]
     if not texts:
-        raise FileNotFoundError(
-            f"no {folder / language}/*.txt; run scripts/setup.sh, which fetches them, or name a "
-            "folder with english/ and korean/ texts"
+        raise InputError(
+            f"There is no text {folder / language}/*.txt. Run scripts/setup.sh, which fetches "
+            "texts, or name a folder that has english/*.txt and korean/*.txt."
         )
     return sorted(texts, key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""``fastgen eval`` and ``fastgen profile``: the lab is the engine, and both tools end to end."""
+"""``fastgen eval``: the lab is the engine, the tasks ask what they say, and it runs end to end."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.engine import KOREAN, Engine, english
+from helpers.engine import Engine, english
 from helpers.paths import TEXTS
 from typer.testing import CliRunner
 
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.policy.hybrids import hybrids_of
 from fastgen_vllm.tools.cli import app
-from fastgen_vllm.tools.eval import chart, markdown, run_eval, variants
-from fastgen_vllm.tools.eval_tasks import Load, items, rouge_l
+from fastgen_vllm.tools.eval.compare import run_eval, variants
+from fastgen_vllm.tools.eval.report import chart, markdown
+from fastgen_vllm.tools.eval.tasks import Load, items, rouge_l
+from fastgen_vllm.tools.inputs import InputError
 from fastgen_vllm.tools.lab import Lab, Variant
+from fastgen_vllm.tools.models import load_tokenizer
 
 
 @pytest.mark.engine
@@ -66,9 +69,7 @@ def test_tiny_eval(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_tasks_ask_what_they_say(model: str) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     found = list(items(tokenizer, TEXTS, Load((512,), 4, 2, 2, 16)))
     assert [i.task for i in found] == ["continuation"] * 4 + ["retrieval"] * 6 + ["agreement"] * 2
     for item in found[:4]:
@@ -81,32 +82,27 @@ def test_tasks_ask_what_they_say(model: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("length", "load", "message"),
+    [
+        (60_000, {"continuations": 1}, "no more passages of 60016 tokens"),
+        (60_000, {"retrievals": 1}, "needs a text of 59850"),
+        (256, {"agreements": 10_000}, "no more passages of 156 tokens"),
+    ],
+)
+def test_texts_that_are_too_short(model: str, length: int, load: dict, message: str) -> None:
+    """A retrieval prompt is not quietly made of what there is."""
+    none = {"continuations": 0, "retrievals": 0, "agreements": 0}
+    wanted = Load((length,), **{**none, **load}, num_tokens=16)
+    with pytest.raises(InputError, match=message):
+        list(items(load_tokenizer(model), TEXTS, wanted))
+
+
+@pytest.mark.parametrize(
     ("answer", "reference", "score"),
     [([1, 2, 3], [1, 2, 3], 1.0), ([1, 2], [3, 4], 0.0), ([1, 9, 2, 3], [1, 2, 4, 3], 0.75)],
 )
 def test_rouge_l(answer: list[int], reference: list[int], score: float) -> None:
     assert rouge_l(answer, reference) == score
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["eval", "nowhere"], "no model folder"),
-        (["eval", "--settings", "[]"], "not a JSON object"),
-        (["eval", "--method", "h3o"], "'h3o'"),
-        (["eval", "--budget", "1.5"], "kv_budget"),
-        (["eval", "--texts", "nowhere"], "run scripts/setup.sh"),
-        (["profile", "--prompt-file", "nowhere"], "does not exist"),
-        (["profile", "--settings", '{"recovery": 1.0}'], "keeps everything"),
-    ],
-)
-def test_bad_arguments(model: str, arguments: list[str], message: str) -> None:
-    command, *rest = arguments
-    where = [] if rest and rest[0] == "nowhere" else [model]
-    environment = {"COLUMNS": "300", "TERM": "dumb"}
-    result = CliRunner().invoke(app, [command, *where, *rest], env=environment)
-    assert result.exit_code == 2, result.output
-    assert message in result.output
 
 
 TASK = """
@@ -139,30 +135,8 @@ def test_lm_eval_task(model: str, tmp_path: Path) -> None:
     arguments += ["--engine-args", json.dumps(engine_args), "--json", str(out)]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
+    assert "| local_capitals |" in out.with_suffix(".md").read_text()
     found = json.loads(out.read_text())
     assert set(found) == {"stock", "FastGen"}
     for engine_results in found.values():
         assert 0 <= engine_results["local_capitals"]["exact_match,none"] <= 1
-
-
-@pytest.mark.engine
-def test_profile_shows_korean(model: str, tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_text(KOREAN)
-    out = tmp_path / "page.html"
-    arguments = ["profile", model, "--prompt-file", str(tmp_path / "prompt.txt"), "--out", str(out)]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    assert "KV kept" in result.output and "special" in result.output
-    page = out.read_text()
-    spans = page.split('<p class="text">')[1].split("</p>")[0]
-    text = "".join(part.split(">", 1)[1] for part in spans.split("</span>")[:-1])
-    assert text.strip() == KOREAN.strip(), "the prompt's characters are whole"
-    assert page.count("<tr><td>") == 30 and "data:image/png;base64," in page
-    assert out.with_suffix(".png").stat().st_size > 20_000
-
-
-def test_short_prompt_is_named(model: str, tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_text("Hello")
-    arguments = ["profile", model, "--prompt-file", str(tmp_path / "prompt.txt")]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "300", "TERM": "dumb"})
-    assert result.exit_code == 2 and "min_prompt_tokens" in result.output

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastgen_vllm.tools.inputs import InputError
 from fastgen_vllm.tools.lab import Lab
 from fastgen_vllm.tools.texts import texts_in
 
@@ -17,6 +18,10 @@ WORDS = (
     *("river", "candle", "marble", "garden", "rocket", "violin", "pepper", "anchor", "blanket"),
     *("copper", "lantern", "meadow", "orchid", "pirate", "saddle", "turtle", "velvet", "walnut"),
 )
+QUESTIONS = {
+    "english": ("Summarize the main idea of this text.", "What does the author argue, and why?"),
+    "korean": ("이 글의 핵심 내용을 요약해 주세요.", "이 글에서 가장 중요한 점은 무엇인가요?"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,72 +49,110 @@ class Load:
     num_tokens: int = 64
 
 
+@dataclass(frozen=True)
+class Haystack:
+    """Essays to hide sentences in.
+
+    Attributes:
+        length: tokens of a prompt, about.
+    """
+
+    tokenizer: Any
+    texts: list[str]
+    length: int
+    rng: random.Random
+
+    def essay(self) -> list[str]:
+        """Sentences of one of the longest essays.
+
+        Raises:
+            InputError: it is too short.
+        """
+        text = " ".join(self.rng.choice(self.texts[:12]).split())
+        tokens, size = _encode(self.tokenizer, text), self.length - 150
+        if len(tokens) < size:
+            raise InputError(
+                f"A prompt of {self.length} tokens needs a text of {size}, and one of the longest "
+                f"English texts has {len(tokens)}. Add longer texts or take a smaller --length."
+            )
+        return self.tokenizer.decode(tokens[:size]).split(". ")
+
+
 def items(tokenizer: Any, texts: Path, load: Load) -> Iterator[Item]:
-    """All prompts, the same on every machine."""
-    english, korean = texts_in(texts, "english"), texts_in(texts, "korean")
+    """All prompts, the same on every machine.
+
+    Raises:
+        InputError: the texts are too few or too short.
+    """
+    passages = Passages(tokenizer, texts_in(texts, "english"), texts_in(texts, "korean"))
     rng = random.Random(0)
     for length in load.lengths:
-        yield from _continuations(tokenizer, english, korean, length, load)
+        yield from _continuations(passages, length, load)
+        haystack = Haystack(tokenizer, passages.english, length, rng)
         for kind in (passkey, multi_key, variable_tracking):
             for i in range(load.retrievals):
-                depth = (i + 0.5) / load.retrievals
-                yield kind(tokenizer, english, length, depth, rng)
-        yield from _agreements(tokenizer, english, korean, length, load)
+                yield kind(haystack, (i + 0.5) / load.retrievals)
+        yield from _agreements(passages, length, load)
 
 
-def _continuations(
-    tokenizer: Any, english: list[str], korean: list[str], length: int, load: Load
-) -> Iterator[Item]:
-    """Every fourth is Korean."""
-    size = length + load.num_tokens
-    passages = {
-        language: _passages(tokenizer, texts, size)
-        for language, texts in (("english", english), ("korean", korean))
-    }
-    for i in range(load.continuations):
-        language = "korean" if i % 4 == 3 else "english"
-        tokens = next(passages[language])
-        yield Item("continuation", language, tokens[:length], tokens[length:])
+@dataclass(frozen=True)
+class Passages:
+    """Natural texts in two languages, longest first."""
+
+    tokenizer: Any
+    english: list[str]
+    korean: list[str]
+
+    def of(self, size: int, backwards: bool = False) -> dict[str, Iterator[list[int]]]:
+        """By language, stretches of ``size`` tokens, from the shortest text on if ``backwards``."""
+        step = -1 if backwards else 1
+        return {
+            "english": _passages(self.tokenizer, self.english[::step], size),
+            "korean": _passages(self.tokenizer, self.korean[::step], size),
+        }
 
 
 def _passages(tokenizer: Any, texts: list[str], size: int) -> Iterator[list[int]]:
-    """Stretches of ``size`` tokens, one of each text in turn, then further on in each."""
-    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    """One of each text in turn, then further on in each."""
+    encoded = [_encode(tokenizer, text) for text in texts]
     for start in range(0, max(map(len, encoded)), size):
-        for tokens in encoded:
-            if start + size <= len(tokens):
-                yield tokens[start : start + size]
-    raise ValueError(f"the texts have no more passages of {size} tokens; add some or take fewer")
+        fitting = (tokens for tokens in encoded if start + size <= len(tokens))
+        yield from (tokens[start : start + size] for tokens in fitting)
+    raise InputError(
+        f"The texts have no more passages of {size} tokens. Add texts or take a smaller --length."
+    )
 
 
-def passkey(
-    tokenizer: Any, texts: list[str], length: int, depth: float, rng: random.Random
-) -> Item:
+def _continuations(passages: Passages, length: int, load: Load) -> Iterator[Item]:
+    """Every fourth is Korean."""
+    stretches = passages.of(length + load.num_tokens)
+    for i in range(load.continuations):
+        language = "korean" if i % 4 == 3 else "english"
+        tokens = next(stretches[language])
+        yield Item("continuation", language, tokens[:length], tokens[length:])
+
+
+def passkey(haystack: Haystack, depth: float) -> Item:
     """RULER's niah_single: one number in an essay (arXiv 2404.06654)."""
-    (word,), (number,) = rng.sample(WORDS, 1), _numbers(rng, 1)
-    needles = [(depth, _needle(word, number))]
-    return _retrieval(tokenizer, texts, length, rng, "passkey", needles, word, number)
+    (word,), (number,) = haystack.rng.sample(WORDS, 1), _numbers(haystack.rng, 1)
+    return _retrieval(haystack, "passkey", [(depth, _needle(word, number))], word, number)
 
 
-def multi_key(
-    tokenizer: Any, texts: list[str], length: int, depth: float, rng: random.Random
-) -> Item:
+def multi_key(haystack: Haystack, depth: float) -> Item:
     """RULER's niah_multikey: four numbers, one asked for."""
+    rng = haystack.rng
     words, numbers = rng.sample(WORDS, 4), _numbers(rng, 4)
     depths = [depth, *(rng.random() for _ in range(3))]
     needles = [(d, _needle(w, x)) for d, w, x in zip(depths, words, numbers, strict=True)]
-    return _retrieval(tokenizer, texts, length, rng, "multi-key", needles, words[0], numbers[0])
+    return _retrieval(haystack, "multi-key", needles, words[0], numbers[0])
 
 
-def variable_tracking(
-    tokenizer: Any, texts: list[str], length: int, depth: float, rng: random.Random
-) -> Item:
+def variable_tracking(haystack: Haystack, depth: float) -> Item:
     """RULER's variable tracking, one hop: the number that the first word's number was copied to."""
-    (first, second), (number,) = rng.sample(WORDS, 2), _numbers(rng, 1)
+    (first, second), (number,) = haystack.rng.sample(WORDS, 2), _numbers(haystack.rng, 1)
     copied = f"The special magic number for {second} is the same as that for {first}."
     needles = [(depth * 0.7, _needle(first, number)), (depth * 0.7 + 0.3, copied)]
-    kind = "variable tracking"
-    return _retrieval(tokenizer, texts, length, rng, kind, needles, second, number)
+    return _retrieval(haystack, "variable tracking", needles, second, number)
 
 
 def _needle(word: str, number: str) -> str:
@@ -121,18 +164,9 @@ def _numbers(rng: random.Random, count: int) -> list[str]:
 
 
 def _retrieval(
-    tokenizer: Any,
-    texts: list[str],
-    length: int,
-    rng: random.Random,
-    kind: str,
-    needles: list[tuple[float, str]],
-    word: str,
-    number: str,
+    haystack: Haystack, kind: str, needles: list[tuple[float, str]], word: str, number: str
 ) -> Item:
-    essay = " ".join(rng.choice(texts[:12]).split())
-    kept = tokenizer.decode(tokenizer.encode(essay, add_special_tokens=False)[: length - 150])
-    sentences = kept.split(". ")
+    tokenizer, sentences = haystack.tokenizer, haystack.essay()
     for depth, needle in sorted(needles, reverse=True):
         sentences.insert(int(depth * len(sentences)), needle.rstrip("."))
     question = f"What is the special magic number for {word} mentioned in the text above?"
@@ -142,25 +176,13 @@ def _retrieval(
     return Item("retrieval", kind, _encode(tokenizer, prompt), _encode(tokenizer, f" {number}"))
 
 
-def _agreements(
-    tokenizer: Any, english: list[str], korean: list[str], length: int, load: Load
-) -> Iterator[Item]:
+def _agreements(passages: Passages, length: int, load: Load) -> Iterator[Item]:
     """Instructions about natural texts; every second is Korean."""
-    ask = {
-        "english": (
-            "Summarize the main idea of this text.",
-            "What does the author argue, and why?",
-        ),
-        "korean": ("이 글의 핵심 내용을 요약해 주세요.", "이 글에서 가장 중요한 점은 무엇인가요?"),
-    }
-    passages = {
-        language: _passages(tokenizer, texts[::-1], length - 100)
-        for language, texts in (("english", english), ("korean", korean))
-    }
+    tokenizer, stretches = passages.tokenizer, passages.of(length - 100, backwards=True)
     for i in range(load.agreements):
         language = "korean" if i % 2 else "english"
-        text = tokenizer.decode(next(passages[language]))
-        question = ask[language][i // 2 % 2]
+        text = tokenizer.decode(next(stretches[language]))
+        question = QUESTIONS[language][i // 2 % 2]
         prompt = _encode(tokenizer, _chat(tokenizer, f"{text}\n\n{question}"))
         yield Item("agreement", language, prompt, [])
 

@@ -1,0 +1,204 @@
+"""Measure stock vLLM and FastGen, engines taking turns, and the kernels by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import Progress
+
+from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.tools.bench.report import summary
+from fastgen_vllm.tools.engine import Batch, engines
+from fastgen_vllm.tools.inputs import InputError
+from fastgen_vllm.tools.kernel_bench import kernel_figures
+from fastgen_vllm.tools.machine import machine
+from fastgen_vllm.tools.models import ModelShape, load_tokenizer
+from fastgen_vllm.tools.texts import natural_text
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a scenario: an engine, and the recovery its requests ask for, if any."""
+
+    name: str
+    engine: str
+    recovery: float | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One batch, measured in every variant."""
+
+    name: str
+    prompt_tokens: int
+    num_requests: int
+    max_tokens: int
+
+    @property
+    def kv_tokens(self) -> int:
+        """Room for all requests at once, each with a block to spare of stock's 128 tokens."""
+        return self.num_requests * (self.prompt_tokens + self.max_tokens + 128)
+
+
+MEMORY_SHARES = {"ample": 1.0, "scarce": 0.25}
+"""The KV memory of each group of scenarios, as a share of what its largest one needs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: ``ample`` with memory for all requests, ``scarce`` with a quarter of it."""
+
+    ample: tuple[Scenario, ...]
+    scarce: tuple[Scenario, ...]
+    rounds: int
+
+
+def _batch(prompt_tokens: int, num_requests: int, max_tokens: int) -> Scenario:
+    name = f"{num_requests} x {prompt_tokens} + {max_tokens}"
+    return Scenario(name, prompt_tokens, num_requests, max_tokens)
+
+
+FULL_PLAN = Plan(
+    ample=(
+        _batch(512, 1, 64),
+        _batch(2048, 1, 64),
+        _batch(4096, 1, 64),
+        _batch(2048, 4, 64),
+        _batch(2048, 16, 64),
+    ),
+    scarce=(_batch(1024, 16, 256),),
+    rounds=3,
+)
+QUICK_PLAN = Plan(
+    ample=(_batch(512, 1, 32), _batch(1024, 4, 32)), scarce=(_batch(512, 8, 64),), rounds=2
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure, and with which model and settings.
+
+    Attributes:
+        recoveries: each is a variant of FastGen; None stands for the settings' own goal.
+        settings: FastGen's.
+        dtype: of the model and its KV cache.
+    """
+
+    model: str
+    plan: Plan
+    recoveries: tuple[float | None, ...]
+    settings: dict[str, Any]
+    dtype: Literal["bfloat16", "float16", "float32"]
+    quick_kernels: bool
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def shape(self) -> ModelShape:
+        return ModelShape.from_folder(self.model)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.shape.kv_bytes_per_token(self.torch_dtype)
+
+    @property
+    def variants(self) -> list[Variant]:
+        own_target = FastGenConfig.from_dict(self.settings).target
+        found = [Variant("stock", "stock")]
+        for recovery in self.recoveries:
+            target = own_target if recovery is None else f"recovery {recovery:g}"
+            found.append(Variant(f"FastGen, {target}", "fastgen", recovery))
+        return found
+
+    def engine_options(self, scenarios: Sequence[Scenario], share: float) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM`` that both engines get: ``share`` of the memory that the
+        largest scenario needs."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 2048,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "kv_cache_memory_bytes": int(
+                share * max(s.kv_tokens for s in scenarios) * self.kv_bytes_per_token
+            ),
+            "max_model_len": max(s.prompt_tokens + s.max_tokens for s in scenarios),
+            "seed": 0,
+        }
+
+
+def run_bench(bench: Bench) -> dict[str, Any]:
+    """Everything, as one JSON object.
+
+    Raises:
+        InputError: the native kernels cannot run here.
+        ChildError: an engine failed.
+    """
+    text = load_tokenizer(bench.model).encode(natural_text())
+    results: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "model": Path(bench.model).name,
+        "settings": bench.settings,
+        "dtype": bench.dtype,
+        "rounds": bench.plan.rounds,
+        "kv_bytes_per_token": bench.kv_bytes_per_token,
+    }
+    with Progress() as progress:
+        task = progress.add_task("kernels", total=1)
+        results["micro"] = _kernel_figures(bench)
+        progress.advance(task)
+        for group, share in MEMORY_SHARES.items():
+            scenarios = getattr(bench.plan, group)
+            if scenarios:
+                results[group] = measure_group(bench, scenarios, share, text, progress)
+    return results
+
+
+def _kernel_figures(bench: Bench) -> dict[str, Any]:
+    try:
+        return kernel_figures(bench.shape, bench.torch_dtype, bench.quick_kernels)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise InputError(f"The kernels cannot be measured: {error}") from None
+
+
+def measure_group(
+    bench: Bench,
+    scenarios: Sequence[Scenario],
+    share: float,
+    text: list[int],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The scenarios of one amount of memory, with engines started for it."""
+    options, variants = bench.engine_options(scenarios, share), bench.variants
+    kv_bytes = options["kv_cache_memory_bytes"]
+    total = len(scenarios) * bench.plan.rounds * len(variants)
+    task = progress.add_task(f"KV memory of {kv_bytes >> 20} MiB", total=total)
+    measured = []
+    with engines(options, options, bench.settings) as running:
+        warm = text[: min(256, options["max_model_len"] - 8)]
+        for variant in variants:
+            running[variant.engine].run(Batch([warm], 4, variant.recovery))
+        for scenario in scenarios:
+            runs: dict[str, list[dict[str, Any]]] = {v.name: [] for v in variants}
+            # Round by round: what else the machine does falls on all variants alike.
+            for variant in variants * bench.plan.rounds:
+                batch = Batch(prompts(text, scenario), scenario.max_tokens, variant.recovery)
+                runs[variant.name].append(running[variant.engine].run(batch))
+                progress.advance(task)
+            measured.append({"name": scenario.name, "variants": summary(runs)})
+    return {"kv_bytes": kv_bytes, "scenarios": measured}
+
+
+def prompts(text: list[int], scenario: Scenario) -> list[list[int]]:
+    size = scenario.prompt_tokens
+    starts = [i * size % (len(text) - size) for i in range(scenario.num_requests)]
+    return [text[start : start + size] for start in starts]
