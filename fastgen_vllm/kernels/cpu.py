@@ -13,6 +13,7 @@ from fastgen_vllm.kernels.contract import DecodeBatch, HeadState, Pages, Profile
 from fastgen_vllm.kernels.reference import move_pages
 
 __all__ = [
+    "NAME",
     "attention_mass",
     "decode_attention",
     "move_pages",

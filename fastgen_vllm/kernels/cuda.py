@@ -22,6 +22,7 @@ from fastgen_vllm.kernels.triton import (
 from fastgen_vllm.kernels.triton.decode_attention import FirstPass, decode_in_parts
 
 __all__ = [
+    "NAME",
     "attention_mass",
     "decode_attention",
     "move_pages",

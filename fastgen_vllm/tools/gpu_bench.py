@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -108,11 +109,9 @@ class GpuBench:
         """Everything, as JSON. Prints tables as it goes."""
         print(f"\nCopy on the device: {self.copy_gb_s:.0f} GB/s, read and written\n")
         models = (TINY,) if self.small else MODELS
-        for model in models:
-            for requests, tokens in (
-                [(2, 40)] if self.small else [(1, 8192), (16, 8192), (64, 4096)]
-            ):
-                self._step(model, requests, tokens)
+        steps = [(2, 40)] if self.small else [(1, 8192), (16, 8192), (64, 4096)]
+        for model, (requests, tokens) in product(models, steps):
+            self._step(model, requests, tokens)
         self._prefill(models[0], 50 if self.small else 8192)
         print("\n| requests x tokens | kept | GB | us | of copy bandwidth | of kept x dense |")
         print("|---|---|---|---|---|---|")
@@ -141,10 +140,10 @@ class GpuBench:
         slots = torch.arange(requests * heads).view(requests, heads)
         write = partial(triton.write_kv, key, key, one.pages.kv, slots)
         figures = {
-            "bookkeeping": self.clock.seconds(lambda: whole.plan(triton)),
+            "bookkeeping": self.clock.seconds(partial(whole.plan, triton)),
             "cache writes": layers * self.clock.seconds(write),
             "projections": layers * self.clock.seconds(projections(model, requests)),
-            "attention": layers * self.clock.seconds(lambda: one.attend(triton)),
+            "attention": layers * self.clock.seconds(partial(one.attend, triton)),
         }
         name = f"{model.name}, decode step of {requests} x {tokens}, half kept"
         self._print_step(name, figures, sum(figures.values()))
@@ -153,10 +152,10 @@ class GpuBench:
         """Milliseconds of one layer's prefill: attention, projections, and the profiling pass."""
         state = PrefillState(model.shape, tokens, DTYPE)
         runs: dict[str, Callable[[], None]] = {
-            "attention": lambda: state.attend(triton),
+            "attention": partial(state.attend, triton),
             "projections": projections(model, tokens),
-            "profiling": lambda: state.profile(triton, every_query=False),
-            "profiling, every query": lambda: state.profile(triton, every_query=True),
+            "profiling": partial(state.profile, triton, every_query=False),
+            "profiling, every query": partial(state.profile, triton, every_query=True),
         }
         figures = {name: self.clock.seconds(run, 0.5) for name, run in runs.items()}
         rest = figures["attention"] + figures["projections"]

@@ -7,7 +7,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
@@ -38,8 +39,8 @@ class Clock:
         self.cuda = device == "cuda"
 
     def seconds(self, function: Callable[[], Any], total: float = 0.1) -> float:
-        """On a GPU the median over as many runs as fit in ``total`` seconds, 3 at least; on a CPU the
-        shortest of 7: what the machine can do when left alone."""
+        """On a GPU the median over as many runs as fit in ``total`` seconds, 3 at least; on a CPU
+        the shortest of 7: what the machine can do when left alone."""
         function()
         if not self.cuda:
             return min(self._time(function) for _ in range(7))
@@ -199,7 +200,7 @@ class PrefillState:
 
     def profile(self, kernels: Kernels, every_query: bool) -> None:
         """The profiling pass over the queries that the default weighting looks at, or over all."""
-        weighting = "uniform" if every_query else "recent"
+        weighting: Literal["uniform", "recent"] = "uniform" if every_query else "recent"
         runs, _ = query_runs(weighting, 32, 1, self.keys.num_keys)
         for run in runs:
             own = slice(run.first, run.end, run.step)
@@ -232,7 +233,7 @@ def kernel_figures(shape: ModelShape, dtype: torch.dtype, quick: bool) -> dict[s
     for scored in (0.0, 1.0):
         state = DecodeState(shape, DecodeLoad(16, 512 if quick else 2048, 8, scored=scored), dtype)
         cpu.prepare(state.pages.kv)
-        seconds = clock.seconds(lambda state=state: state.attend(cpu)) / 8  # type: ignore[misc]
+        seconds = clock.seconds(partial(state.attend, cpu)) / 8
         name = "decode attention" + (", with scores" if scored else "")
         rate = state.num_bytes / seconds / 1e9
         figures.append(KernelFigure(name, seconds * 1e3, rate, "GB/s"))
@@ -240,8 +241,8 @@ def kernel_figures(shape: ModelShape, dtype: torch.dtype, quick: bool) -> dict[s
     prompt = PrefillState(shape, tokens, dtype)
     pairs = shape.num_heads * tokens * (tokens + 1) / 2
     passes = {
-        "prefill attention": (lambda: prompt.attend(cpu), 2),
-        "attention mass": (lambda: prompt.profile(cpu, every_query=True), 1),
+        "prefill attention": (partial(prompt.attend, cpu), 2),
+        "attention mass": (partial(prompt.profile, cpu, every_query=True), 1),
     }
     for name, (run, products) in passes.items():
         seconds = clock.seconds(run)

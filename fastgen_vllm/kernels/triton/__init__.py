@@ -17,6 +17,7 @@ from fastgen_vllm.kernels.triton.plan_decode import plan_decode
 from fastgen_vllm.kernels.triton.write_kv import write_kv
 
 __all__ = [
+    "NAME",
     "attention_mass",
     "decode_attention",
     "move_pages",
