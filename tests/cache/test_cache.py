@@ -1,5 +1,7 @@
 """The page pool under random lives of requests: admit, chunk, compress, decode, squeeze, abort."""
 
+from typing import Final
+
 import pytest
 import torch
 from helpers.fake_model import FakeModel, run_step
@@ -14,7 +16,8 @@ from fastgen_vllm.kernels import UNBOUNDED, HeadRules, reference
 from fastgen_vllm.runtime.driver import Driver
 from fastgen_vllm.runtime.runtime import Runtime
 
-LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS, VOCAB = 2, 2, 2, 16, 8, 40, 50
+LAYERS, HEADS, GROUP, SIZE, BLOCKS, VOCAB = 2, 2, 2, 16, 40, 50
+BLOCK: Final = 8
 MODEL = FakeModel(LAYERS, HEADS, GROUP, SIZE)
 
 
@@ -161,7 +164,8 @@ def test_full_heads_keep_every_page() -> None:
     for layer in range(LAYERS):
         query = torch.randn(17, HEADS * GROUP, SIZE)
         content = torch.randn(2, 17, HEADS, SIZE)
-        runtime.forward(step, layer, query, *content, torch.empty_like(query), 0.4)
+        key, value = content
+        runtime.forward(step, layer, query, key, value, torch.empty_like(query), 0.4)
     before = kv.clone()
     report = runtime.finish_step(step).get()
     assert report.vacated == {"a": []} and report.free_pages == {"a": 0}

@@ -57,10 +57,19 @@ def test_under_sanitizers(tmp_path: Path) -> None:
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """``auto`` runs the reference, ``native`` says what is missing and the way out."""
     monkeypatch.setattr(cpu, "_load", lambda: "the extension was not built")
-    select.cache_clear()
-    try:
-        assert select("auto", "cpu", 64, torch.float32) is reference
-        with pytest.raises(FastGenConfigError, match=r"not built.*'auto'"):
-            select("native", "cpu", 64, torch.float32)
-    finally:
-        select.cache_clear()
+    kernels, reason = select("auto", "cpu", 64, torch.float32)
+    assert kernels is reference and reason == "the extension was not built"
+    with pytest.raises(FastGenConfigError, match=r"not built.*'auto'"):
+        select("native", "cpu", 64, torch.float32)
+
+
+def test_preparing_the_cache_takes_no_memory() -> None:
+    """What is not filled yet is not committed: a server's memory grows with its load."""
+    kv = torch.empty(1 << 28, dtype=torch.uint8)
+    before = resident_bytes()
+    cpu.prepare(kv)
+    assert resident_bytes() - before < 1 << 26
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ class Prompt:
 
     @classmethod
     def random(
-        cls, n: int, group: int, goal: Goal, chunk: int, peaked: float = 2.0, **settings: object
+        cls, n: int, group: int, goal: Goal, chunk: int, peaked: float = 2.0, **settings: Any
     ) -> "Prompt":
         torch.manual_seed(n)
         config = FastGenConfig.from_dict({"ladder": LADDER, "min_prompt_tokens": 1, **settings})
@@ -199,7 +200,7 @@ def test_adaptive_ladder(n: int, threshold: float) -> None:
 def test_budget_is_kept_and_well_spent(least: int, budget: float, ladder: str) -> None:
     """No more than the budget, or than ``least_tokens`` need; and no exchange between the two heads
     would recover more."""
-    how = {"ladder": ladder, "frequent_score": "sum"}
+    how: dict[str, Any] = {"ladder": ladder, "frequent_score": "sum"}
     prompt = Prompt.random(161, 3, Goal(None, budget, least), 64, **how)
     profile = prompt.profile
     choice, found = profile.finish(), evaluate(profile.ladder, profile.stats())
@@ -232,14 +233,14 @@ def test_special_tokens_do_not_undo_a_budget(share: float) -> None:
 
 @pytest.mark.parametrize("method", [*METHODS])
 def test_choices_on_a_device(method: str) -> None:
-    how = {"ladder": "adaptive", "method": method, "kv_budget": 0.4}
+    how: dict[str, Any] = {"ladder": "adaptive", "method": method, "kv_budget": 0.4}
     prompt = Prompt.random(200, 3, Goal(None, 0.4), 64, **how)
     profile = prompt.profile
     stats, wanted = profile.stats(), profile.finish()
     with pretend_device():
         ladder = profile.config.ladder_on(DEVICE)
         names = [f.name for f in fields(PromptStats)]
-        there = {
+        there: dict[str, Any] = {
             name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
             for name, value in ((name, getattr(stats, name)) for name in names)
         }
@@ -252,7 +253,11 @@ def test_choices_on_a_device(method: str) -> None:
 @pytest.mark.parametrize("sampling", [1, 3])
 @pytest.mark.parametrize("weighting", ["uniform", "recent", "last"])
 def test_chunking_changes_nothing(sampling: int, weighting: str) -> None:
-    how = {"query_sampling": sampling, "query_weighting": weighting, "observation_window": 10}
+    how: dict[str, Any] = {
+        "query_sampling": sampling,
+        "query_weighting": weighting,
+        "observation_window": 10,
+    }
     goal = Goal(0.6, None)
     whole = Prompt.random(90, 3, goal, 90, **how).profile
     for chunk in (1, 7, 32):

@@ -175,7 +175,9 @@ def differs(attend: libraries.Attend) -> float:
     """By how much from PyTorch's attention, for a chunk of a prompt."""
     shapes, generator = ((5, 2, 3, 64), (40, 2, 64), (40, 2, 64)), torch.Generator().manual_seed(0)
     inputs = [torch.randn(s, generator=generator).bfloat16().to(DEVICE) for s in shapes]
-    both = zip(attend(*inputs, 0.1), libraries.sdpa(*inputs, 0.1), strict=True)
+    query, key, value = inputs
+    ours, theirs = attend(query, key, value, 0.1), libraries.sdpa(query, key, value, 0.1)
+    both = zip(ours, theirs, strict=True)
     return max(float((x.float() - y.float()).abs().max()) for x, y in both)
 
 

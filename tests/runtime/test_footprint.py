@@ -1,7 +1,7 @@
 """The memory that is left free for FastGen is what it takes, measured on the pretend device."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ BLOCKS = 2 * TOKENS // BLOCK + 3
 
 @pytest.mark.parametrize("at_once", [1 << 21, 2 * HEADS * TOKENS])
 @pytest.mark.parametrize("reduction", ["mean", "min"])
-def test_prompts(reduction: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts(
+    reduction: Literal["mean", "min"], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One prompt ends while another, as long, has begun."""
     for module in (tensors, footprint):
         monkeypatch.setattr(module, "MOST_AT_ONCE", at_once)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
@@ -20,7 +20,8 @@ from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.warm_up import warm_up
 from fastgen_vllm.tensors import to_device
 
-LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS, VOCAB = 2, 2, 3, 32, 8, 64, 50
+LAYERS, HEADS, GROUP, SIZE, BLOCKS, VOCAB = 2, 2, 3, 32, 64, 50
+BLOCK: Final = 8
 PROMPTS = {"a": 47, "b": 16, "c": 90}
 SEEDS = {"a": 1, "b": 2, "c": 3}
 CHUNK, DECODE_STEPS = 32, 20

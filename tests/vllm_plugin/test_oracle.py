@@ -10,7 +10,7 @@ from helpers.engine import KOREAN, Engine, chat, english
 from helpers.oracle import SETTINGS, Oracle, Trace
 
 NUM_TOKENS = 65
-GOALS = {
+GOALS: dict[str, list[tuple[float, float | None]]] = {
     "adaptive": [(0.9, None), (0.0, 0.2), (0.0, 0.5)],
     "paper": [(0.85, None), (0.95, None)],
 }
