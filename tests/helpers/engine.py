@@ -112,20 +112,18 @@ class Engine:
             finished = self.step()
             if trace:
                 self._snapshot(traces)
-            for output in finished:
-                answer = output.outputs[0]
-                result = Finished(
-                    list(output.prompt_token_ids),
-                    list(answer.token_ids),
-                    answer.text,
-                    (output.kv_transfer_params or {}).get("fastgen", {}),
-                )
-                name = output.request_id
-                for internal, seen in traces.items():
-                    if internal == name or internal.rsplit("-", 1)[0] == name:
-                        result.policy, result.kept = seen.policy, seen.kept
-                done[name] = result
+            done |= {output.request_id: self._finished(output, traces) for output in finished}
         return done
+
+    def _finished(self, output: Any, traces: dict[str, Finished]) -> Finished:
+        answer, name = output.outputs[0], output.request_id
+        info = (output.kv_transfer_params or {}).get("fastgen", {})
+        prompt = list(output.prompt_token_ids)
+        result = Finished(prompt, list(answer.token_ids), answer.text, info)
+        # vLLM appends a suffix to the names that it is given.
+        for seen in (t for n, t in traces.items() if name in (n, n.rsplit("-", 1)[0])):
+            result.policy, result.kept = seen.policy, seen.kept
+        return result
 
     @contextmanager
     def limited_to(self, num_blocks: int) -> Iterator[None]:

@@ -151,16 +151,20 @@ def decode(
     rows = torch.arange(len(lengths)).flip(0) + 1
     query = torch.randn(len(lengths), 2, group, head_size, dtype=dtype)
     free = iter(torch.randperm(num_pages - 1).add(1).tolist())
-    for n, row in enumerate(rows.tolist()):
-        for h, length in enumerate(lengths[n]):
-            heads.lengths[row, layer, h] = length
-            for slot in range(length):
-                if slot % block_size == 0:
-                    table[row, layer, h, slot // block_size] = next(free)
-                if slot % 5 != 3:
-                    page = table[row, layer, h, slot // block_size]
-                    positions[page, slot % block_size] = slot
-                    kv[page, slot % block_size] = torch.randn(2 * head_size).to(dtype)
+    slots = (
+        (row, h, slot)
+        for row, of_heads in zip(rows.tolist(), lengths, strict=True)
+        for h, length in enumerate(of_heads)
+        for slot in range(length)
+    )
+    for row, h, slot in slots:
+        heads.lengths[row, layer, h] = slot + 1
+        own, offset = table[row, layer, h], slot % block_size
+        if offset == 0:
+            own[slot // block_size] = next(free)
+        if slot % 5 != 3:
+            positions[own[slot // block_size], offset] = slot
+            kv[own[slot // block_size], offset] = torch.randn(2 * head_size).to(dtype)
     before, output = pages.scores.clone(), torch.full_like(query, float("nan"))
     kernels.decode_attention(query, pages, heads, _batch(rows, width - 1), layer, SCALE, output)
     untouched = torch.ones_like(before, dtype=torch.bool)

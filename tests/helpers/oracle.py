@@ -226,29 +226,36 @@ class Oracle:
 
     def _cheapest(self, trace: Trace, found: Any, verdict: Verdict) -> list[list[int]]:
         """Fewest pages that reach the threshold; then full; then most recovery; then the first."""
-        rungs: list[list[int]] = []
-        for layer in range(self.layers):
-            rungs.append([])
-            for head in range(self.heads):
-                each = found[layer][head]
-                able = [i for i, (_, r) in enumerate(each) if r >= trace.threshold]
-                last = len(each) - 1
-                able = sorted({*able, last})
-                rung = min(able, key=lambda i: (each[i][0], i != last, -each[i][1], i))
-                theirs = trace.policy[layer][head]
-                if rung != theirs:
-                    near_threshold = min(abs(each[i][1] - trace.threshold) for i in (rung, theirs))
-                    same_pages = each[rung][0] == each[theirs][0]
-                    if near_threshold < NEAR or (
-                        same_pages and abs(each[rung][1] - each[theirs][1]) < NEAR
-                    ):
-                        verdict.granted += 1
-                        rung = theirs
-                    else:
-                        where = f"layer {layer} head {head}"
-                        verdict.mismatches.append(f"{where}: policy {theirs}, oracle {rung}")
-                rungs[-1].append(rung)
-        return rungs
+        return [
+            [
+                self._cheapest_of(
+                    each, trace.threshold, theirs, f"layer {layer} head {head}", verdict
+                )
+                for head, (each, theirs) in enumerate(zip(*both, strict=True))
+            ]
+            for layer, both in enumerate(zip(found, trace.policy, strict=True))
+        ]
+
+    def _cheapest_of(
+        self,
+        each: list[tuple[int, float]],
+        threshold: float,
+        theirs: int,
+        where: str,
+        verdict: Verdict,
+    ) -> int:
+        last = len(each) - 1
+        able = sorted({*(i for i, (_, r) in enumerate(each) if r >= threshold), last})
+        rung = min(able, key=lambda i: (each[i][0], i != last, -each[i][1], i))
+        if rung == theirs:
+            return rung
+        near_threshold = min(abs(each[i][1] - threshold) for i in (rung, theirs)) < NEAR
+        same_pages = each[rung][0] == each[theirs][0]
+        if near_threshold or (same_pages and abs(each[rung][1] - each[theirs][1]) < NEAR):
+            verdict.granted += 1
+            return theirs
+        verdict.mismatches.append(f"{where}: policy {theirs}, oracle {rung}")
+        return rung
 
     def _check_budget(self, trace: Trace, found: Any, verdict: Verdict) -> None:
         """Within the budget, and no single step up that still fits would recover more; and at
@@ -362,25 +369,39 @@ class Oracle:
             if step + 1 == len(trace.output):
                 return
             tokens.append(token)
-            self.visible = []
-            for layer in range(self.layers):
-                seen = torch.zeros(self.heads, len(tokens), dtype=torch.bool)
-                for head in range(self.heads):
-                    rung = self.ladder[rungs[layer][head]]
-                    score = scores[layer][head] = np.append(scores[layer][head], 0.0)
-                    ours = self._evict(tokens, rung, kept[layer][head], score)
-                    theirs = trace.kept[step + 1][layer][head]
-                    where = f"step {step} layer {layer} head {head}"
-                    ours = self._compare(ours, theirs, score, where, verdict)
-                    kept[layer][head] = set(ours)
-                    seen[head, sorted(ours)] = True
-                self.visible.append(seen)
+            self.visible = [
+                self._visible(tokens, layer, rungs, kept, scores, trace.kept[step + 1], verdict)
+                for layer in range(self.layers)
+            ]
             logits, past = self.forward([token], past)
             for layer in range(self.layers):
                 probs = self.probs[layer].view(self.heads, self.group, -1).sum(1).double().numpy()
                 for head in range(self.heads):
                     if self.ladder[rungs[layer][head]].frequent:
                         scores[layer][head] += probs[head]
+
+    def _visible(
+        self,
+        tokens: list[int],
+        layer: int,
+        rungs: list[list[int]],
+        kept: list[list[set[int]]],
+        scores: list[list[np.ndarray]],
+        theirs: list[list[set[int]]],
+        verdict: Verdict,
+    ) -> torch.Tensor:
+        """What each head of a layer keeps with the newest token, entered in ``kept``: bool
+        ``[H, t]``."""
+        seen = torch.zeros(self.heads, len(tokens), dtype=torch.bool)
+        for head in range(self.heads):
+            rung = self.ladder[rungs[layer][head]]
+            score = scores[layer][head] = np.append(scores[layer][head], 0.0)
+            ours = self._evict(tokens, rung, kept[layer][head], score)
+            where = f"length {len(tokens)} layer {layer} head {head}"
+            ours = self._compare(ours, theirs[layer][head], score, where, verdict)
+            kept[layer][head] = set(ours)
+            seen[head, sorted(ours)] = True
+        return seen
 
     def _evict(self, tokens: list[int], rung: Rung, kept: set[int], score: np.ndarray) -> set[int]:
         t = len(tokens)

@@ -191,10 +191,13 @@ def load_on_cpu_then_move() -> None:
         self.load_config.device = "cpu"
         load(self, *args, **kwargs)
         for module in self.model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[name] = tensor.detach().to(DEVICE)
+            move(module._parameters)
+            move(module._buffers)
+
+    def move(tensors: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                tensors[name] = tensor.detach().to(DEVICE)
 
     GPUModelRunner.load_model = load_model
     # Warming up asks for random generators of the device, and for the kernels of every model.

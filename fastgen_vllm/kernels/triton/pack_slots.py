@@ -73,15 +73,15 @@ def move_pages_kernel(
     TILE: tl.constexpr,
 ):
     move = tl.program_id(0)
-    origin, goal = tl.load(source + move), tl.load(target + move)
+    from_page, to_page = tl.load(source + move), tl.load(target + move)
     for start in range(0, SIZE, TILE):
         lane = start + tl.arange(0, TILE)
-        content = tl.load(kv + origin * SIZE + lane, lane < SIZE)
-        tl.store(kv + goal * SIZE + lane, content, lane < SIZE)
+        content = tl.load(kv + from_page * SIZE + lane, lane < SIZE)
+        tl.store(kv + to_page * SIZE + lane, content, lane < SIZE)
     slot = tl.arange(0, BLOCK_SIZE)
-    origin, goal = origin * BLOCK_SIZE + slot, goal * BLOCK_SIZE + slot
-    tl.store(positions + goal, tl.load(positions + origin))
-    tl.store(scores + goal, tl.load(scores + origin))
+    from_slot, to_slot = from_page * BLOCK_SIZE + slot, to_page * BLOCK_SIZE + slot
+    tl.store(positions + to_slot, tl.load(positions + from_slot))
+    tl.store(scores + to_slot, tl.load(scores + from_slot))
 
 
 def pack_slots(
