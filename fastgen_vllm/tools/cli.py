@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 import fastgen_vllm
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.errors import FastGenConfigError
+from fastgen_vllm.tools import options
 from fastgen_vllm.tools.child import ChildError
 from fastgen_vllm.tools.eval import lm_eval as harness
 from fastgen_vllm.tools.inputs import InputError, check_output, json_object, read_text
@@ -40,29 +41,6 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
 DEMO_MODEL = Path(".cache/smollm2-135m-instruct")
 DEMO_TEXTS = Path(".cache/texts")
-DType = Literal["bfloat16", "float16", "float32"]
-Model = Annotated[
-    Path,
-    typer.Argument(
-        help="The folder of a Hugging Face model, with its config, weights and tokenizer. The "
-        "default is the small model that scripts/setup.sh makes."
-    ),
-]
-Settings = Annotated[
-    str,
-    typer.Option(
-        metavar="JSON",
-        help="FastGen's settings as a JSON object, for example '{\"kv_budget\": 0.3}'. A setting "
-        "that is not given has its default.",
-    ),
-]
-Recoveries = Annotated[
-    list[float] | None,
-    typer.Option(
-        help="The share of attention, from 0 to 1, that each head has to keep. May be given "
-        "several times, and each value is measured."
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,30 +66,13 @@ def fastgen(
 
 @app.command()
 def bench(
-    model: Model = DEMO_MODEL,
-    recovery: Recoveries = None,
-    settings: Settings = "{}",
-    json_path: Annotated[
-        Path,
-        typer.Option(
-            "--json",
-            help="The file for the results. A Markdown table and a chart are written beside it.",
-        ),
-    ] = Path("out/bench.json"),
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="How many times each load is measured with each engine. The results are the "
-            "medians. By default it is 3 times, or 2 times with --quick.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        DType, typer.Option(help="The number format of the model and of its KV cache.")
-    ] = "bfloat16",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Measure small loads only. It takes under 3 minutes.")
-    ] = False,
+    model: options.Model = DEMO_MODEL,
+    recovery: options.Recoveries = None,
+    settings: options.Settings = "{}",
+    json_path: options.BenchJson = Path("out/bench.json"),
+    rounds: options.Rounds = None,
+    dtype: options.DType = "bfloat16",
+    quick: options.QuickBench = False,
 ) -> None:
     """Measure the speed of stock vLLM and of FastGen side by side, with the same KV memory.
 
@@ -140,81 +101,19 @@ def bench(
 
 @app.command("eval")
 def evaluate(  # noqa: PLR0913 - a parameter for every option
-    model: Model = DEMO_MODEL,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A method of the literature to compare with: streaming, h2o, snapkv, pyramidkv, "
-            "adakv or random. May be given several times. By default it is all of them."
-        ),
-    ] = None,
-    budget: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="The share of the KV cache, from 0 to 1, that a method may keep. May be given "
-            "several times, and each value is measured."
-        ),
-    ] = None,
-    recovery: Recoveries = None,
-    settings: Settings = "{}",
-    texts: Annotated[
-        Path,
-        typer.Option(
-            help="The folder of the texts that prompts are made of, in english/*.txt and "
-            "korean/*.txt. The default are those that scripts/setup.sh fetches."
-        ),
-    ] = DEMO_TEXTS,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=256,
-            help="The length of the prompts in tokens. May be given several times. By default it "
-            "is 1024 and 2048, or 1024 with --quick.",
-        ),
-    ] = None,
-    json_path: Annotated[
-        Path,
-        typer.Option(
-            "--json",
-            help="The file for the results. A Markdown table and, without --lm-eval, a chart are "
-            "written beside it.",
-        ),
-    ] = Path("out/eval.json"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Use few prompts. It takes under 10 minutes.")
-    ] = False,
-    lm_eval: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TASK",
-            help="Run this task of lm-evaluation-harness instead, with stock vLLM and with "
-            "FastGen. May be given several times. It needs the package lm-eval.",
-        ),
-    ] = None,
-    lm_eval_path: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            file_okay=False,
-            help="A folder with lm-eval task files of your own. It goes with --lm-eval.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="How many documents of each lm-eval task are used. By default it is all of them. "
-            "It goes with --lm-eval.",
-        ),
-    ] = None,
-    engine_args: Annotated[
-        str,
-        typer.Option(
-            metavar="JSON",
-            help="Further arguments of vllm.LLM as a JSON object, for example "
-            "'{\"max_model_len\": 2048}'. It goes with --lm-eval.",
-        ),
-    ] = "{}",
+    model: options.Model = DEMO_MODEL,
+    method: options.Methods = None,
+    budget: options.Budgets = None,
+    recovery: options.Recoveries = None,
+    settings: options.Settings = "{}",
+    texts: options.Texts = DEMO_TEXTS,
+    length: options.Lengths = None,
+    json_path: options.EvalJson = Path("out/eval.json"),
+    quick: options.QuickEval = False,
+    lm_eval: options.Tasks = None,
+    lm_eval_path: options.TaskFolder = None,
+    limit: options.Limit = None,
+    engine_args: options.EngineArgs = "{}",
 ) -> None:
     """Measure how good answers are at each share of the KV cache, beside other methods.
 
@@ -250,21 +149,10 @@ def evaluate(  # noqa: PLR0913 - a parameter for every option
 
 @app.command()
 def profile(
-    model: Model = DEMO_MODEL,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="A UTF-8 text file with the prompt. By default it is a text of about 850 tokens "
-            "from the Python language reference.",
-        ),
-    ] = None,
-    settings: Settings = "{}",
-    out: Annotated[
-        Path,
-        typer.Option(help="The file for the HTML page. The picture is written beside it as PNG."),
-    ] = Path("out/profile.html"),
+    model: options.Model = DEMO_MODEL,
+    prompt_file: options.PromptFile = None,
+    settings: options.Settings = "{}",
+    out: options.PageFile = Path("out/profile.html"),
 ) -> None:
     """Show what each attention head keeps of a prompt, as a page, a picture and a table."""
     from fastgen_vllm.tools import profile as tool
@@ -284,11 +172,9 @@ def profile(
 
 @app.command()
 def demo(
-    model: Model = DEMO_MODEL,
-    settings: Settings = "{}",
-    out: Annotated[
-        Path, typer.Option(help="The file for the answers and figures, as JSON.")
-    ] = Path("out/demo.json"),
+    model: options.Model = DEMO_MODEL,
+    settings: options.Settings = "{}",
+    out: options.DemoFile = Path("out/demo.json"),
 ) -> None:
     """Run the same prompts through stock vLLM and FastGen in the same small KV memory."""
     from fastgen_vllm.tools import demo as tool

@@ -15,6 +15,8 @@ from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.tools.engine import Batch, engines
 from fastgen_vllm.tools.models import ModelShape, load_tokenizer
 
+SPARE_TOKENS = 128
+"""vLLM wants room for its longest request and for a block that it never uses."""
 KOREAN = (
     "한국의 가을은 하늘이 높고 바람이 시원해서 여행하기 좋은 계절입니다. 사람들은 산으로 단풍을 "
     "보러 가고, 시장에서는 햇과일을 팝니다. “올해는 사과가 참 달아요!” 하고 상인이 말했습니다. "
@@ -59,7 +61,7 @@ def run_demo(model: str, settings: dict[str, Any], load: Load) -> dict[str, Any]
     options = {
         "model": model,
         "dtype": str(dtype).removeprefix("torch."),
-        "max_model_len": 2048,
+        "max_model_len": min(2048, load.kv_tokens - SPARE_TOKENS),
         "kv_cache_memory_bytes": kv_bytes,
         "enforce_eager": True,
         "enable_prefix_caching": False,

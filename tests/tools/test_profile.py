@@ -16,7 +16,7 @@ from fastgen_vllm.tools.profile import MOST_TOKENS, whole_characters
 EMOJI = "🎉🚀😀👩‍🚀" * 8
 
 
-@pytest.mark.parametrize("text", [KOREAN, EMOJI, "plain words"])
+@pytest.mark.parametrize("text", [KOREAN, EMOJI, "plain words"], ids=["korean", "emoji", "plain"])
 def test_pieces_are_whole_characters(model: str, text: str) -> None:
     tokenizer = load_tokenizer(model)
     tokens = tokenizer.encode(text)

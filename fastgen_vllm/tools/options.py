@@ -1,0 +1,139 @@
+"""The arguments and options of the ``fastgen`` command, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+DType = Annotated[
+    Literal["bfloat16", "float16", "float32"],
+    typer.Option(help="The number format of the model and of its KV cache."),
+]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="The folder of a Hugging Face model, with its config, weights and tokenizer. The "
+        "default is the small model that scripts/setup.sh makes."
+    ),
+]
+Settings = Annotated[
+    str,
+    typer.Option(
+        metavar="JSON",
+        help="FastGen's settings as a JSON object, for example '{\"kv_budget\": 0.3}'. A setting "
+        "that is not given has its default.",
+    ),
+]
+Recoveries = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="The share of attention, from 0 to 1, that each head has to keep. May be given "
+        "several times, and each value is measured."
+    ),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many times each load is measured with each engine. The results are the "
+        "medians. By default it is 3 times, or 2 times with --quick.",
+    ),
+]
+BenchJson = Annotated[
+    Path,
+    typer.Option(
+        "--json",
+        help="The file for the results. A Markdown table and a chart are written beside it.",
+    ),
+]
+QuickBench = Annotated[
+    bool, typer.Option("--quick", help="Measure small loads only. It takes under 3 minutes.")
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A method of the literature to compare with: streaming, h2o, snapkv, pyramidkv, "
+        "adakv or random. May be given several times. By default it is all of them."
+    ),
+]
+Budgets = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="The share of the KV cache, from 0 to 1, that a method may keep. May be given "
+        "several times, and each value is measured."
+    ),
+]
+Texts = Annotated[
+    Path,
+    typer.Option(
+        help="The folder of the texts that prompts are made of, in english/*.txt and "
+        "korean/*.txt. The default are those that scripts/setup.sh fetches."
+    ),
+]
+Lengths = Annotated[
+    list[int] | None,
+    typer.Option(
+        min=256,
+        help="The length of the prompts in tokens. May be given several times. By default it "
+        "is 1024 and 2048, or 1024 with --quick.",
+    ),
+]
+EvalJson = Annotated[
+    Path,
+    typer.Option(
+        "--json",
+        help="The file for the results. A Markdown table and, without --lm-eval, a chart are "
+        "written beside it.",
+    ),
+]
+QuickEval = Annotated[
+    bool, typer.Option("--quick", help="Use few prompts. It takes under 10 minutes.")
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TASK",
+        help="Run this task of lm-evaluation-harness instead, with stock vLLM and with "
+        "FastGen. May be given several times. It needs the package lm-eval.",
+    ),
+]
+TaskFolder = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        file_okay=False,
+        help="A folder with lm-eval task files of your own. It goes with --lm-eval.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many documents of each lm-eval task are used. By default it is all of them. "
+        "It goes with --lm-eval.",
+    ),
+]
+EngineArgs = Annotated[
+    str,
+    typer.Option(
+        metavar="JSON",
+        help="Further arguments of vllm.LLM as a JSON object, for example "
+        "'{\"max_model_len\": 2048}'. It goes with --lm-eval.",
+    ),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="A UTF-8 text file with the prompt. By default it is a text of about 850 tokens "
+        "from the Python language reference.",
+    ),
+]
+PageFile = Annotated[
+    Path,
+    typer.Option(help="The file for the HTML page. The picture is written beside it as PNG."),
+]
+DemoFile = Annotated[Path, typer.Option(help="The file for the answers and figures, as JSON.")]
