@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER, FULL, PAPER_LADDER, Hybrid
@@ -238,6 +238,12 @@ class RequestOverride(BaseModel):
     fastgen_recovery: float | None = Field(default=None, ge=0.0, le=1.0)
     fastgen_kv_budget: float | None = Field(default=None, gt=0.0, le=1.0)
     fastgen_compress: bool = True
+
+    @field_validator("fastgen_compress", mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        # vLLM types vllm_xargs as str, int, float or list, so false arrives as 0 over HTTP.
+        return bool(value) if type(value) in (int, float) and value in (0, 1) else value
 
     @model_validator(mode="after")
     def _check(self) -> RequestOverride:

@@ -16,8 +16,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.runtime.runtime import Runtime, Step
-from fastgen_vllm.vllm_plugin import BACKEND_NAME
 from fastgen_vllm.vllm_plugin.block_manager import KV_DTYPES, FastGenSpec
+from fastgen_vllm.vllm_plugin.names import BACKEND_NAME
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
