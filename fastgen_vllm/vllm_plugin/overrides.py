@@ -67,5 +67,5 @@ def override_of(config: FastGenConfig, sampling_params: Any, prompt_tokens: int)
     try:
         return _read(config, sampling_params)
     except FastGenConfigError as error:
-        logger.warning_once("FASTGEN: a request takes the engine's settings: %s", error)
+        logger.warning_once("FASTGEN: a request takes the engine's settings: %s", str(error))
         return RequestOverride()
