@@ -231,6 +231,12 @@ class RequestOverride(BaseModel):
     fastgen_kv_budget: float | None = Field(default=None, gt=0.0, le=1.0)
     fastgen_compress: bool = True
 
+    @field_validator("fastgen_compress", mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        # vLLM types vllm_xargs as str, int, float or list, so false arrives as 0 over HTTP.
+        return bool(value) if type(value) in (int, float) and value in (0, 1) else value
+
     @model_validator(mode="after")
     def _check(self) -> RequestOverride:
         if self.fastgen_recovery is not None and self.fastgen_kv_budget is not None:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-BACKEND_NAME = "FASTGEN"
-BACKEND_PATH = "fastgen_vllm.vllm_plugin.backend.FastGenBackend"
+from fastgen_vllm.vllm_plugin.names import BACKEND_NAME, BACKEND_PATH
+
 SUPPORTED_VLLM = "0.32."
 
 
@@ -43,23 +43,29 @@ def register() -> None:
         return
     _check_vllm_version()
     register_backend(BACKEND_NAME, _BackendPath(BACKEND_PATH))
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
+    from vllm.v1.engine.input_processor import InputProcessor
 
-    from fastgen_vllm.vllm_plugin import settings
+    from fastgen_vllm.vllm_plugin import overrides, settings
 
     platform = type(current_platform)
     _wrap_classmethod(platform, "get_attn_backend_cls", settings.select_backend)
     _wrap_classmethod(platform, "check_and_update_config", settings.check_and_update)
-    _wrap_classmethod(platform, "validate_request", settings.validate_request)
-    create = EngineArgs.create_engine_config
+    _wrap(EngineArgs, "create_engine_config", settings.create_engine_config)
+    _wrap(InputProcessor, "process_inputs", overrides.process_inputs)
+    _wrap_property(VllmConfig, "use_v2_model_runner", settings.use_v2_model_runner)
 
-    @functools.wraps(create)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settings.prepare_engine_args(self)
-        return create(self, *args, **kwargs)
 
-    EngineArgs.create_engine_config = create_engine_config
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    setattr(owner, name, call)
 
 
 def _wrap_classmethod(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -69,6 +75,11 @@ def _wrap_classmethod(owner: type, name: str, wrapper: Callable[..., Any]) -> No
         return wrapper(original, *args, **kwargs)
 
     setattr(owner, name, classmethod(functools.wraps(original)(call)))
+
+
+def _wrap_property(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(owner, name).fget
+    setattr(owner, name, property(functools.partial(wrapper, original)))
 
 
 def _check_vllm_version() -> None:

@@ -17,8 +17,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.step import Step
-from fastgen_vllm.vllm_plugin import BACKEND_NAME
 from fastgen_vllm.vllm_plugin.block_manager import KV_DTYPES, FastGenSpec
+from fastgen_vllm.vllm_plugin.names import BACKEND_NAME
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -90,7 +90,7 @@ class FastGenImpl(AttentionImpl[Step]):
     layer_index: int
     runtime: Runtime
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - vLLM's
         self,
         num_heads: int,
         head_size: int,
@@ -123,7 +123,7 @@ class FastGenImpl(AttentionImpl[Step]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
 
-    def forward(
+    def forward(  # noqa: PLR0913 - vLLM's
         self,
         layer: Any,
         query: torch.Tensor,

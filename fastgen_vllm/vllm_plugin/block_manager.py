@@ -48,17 +48,23 @@ class FastGenBlockManager(FullAttentionManager):
             while remembered and remembered[0][0] <= self.step - REMEMBERED_STEPS:
                 remembered.popleft()
 
-    def given_since(self, step: int, request_id: str) -> list[int]:
-        """Ids of the blocks that the request was given in steps after ``step``."""
-        return [b for s, r, blocks in self._given if s > step and r == request_id for b in blocks]
+    def given_since(self, step: int) -> dict[str, list[int]]:
+        """Ids of the blocks that each request was given in steps after ``step``."""
+        given: dict[str, list[int]] = {}
+        for given_in, request_id, blocks in self._given:
+            if given_in > step:
+                given.setdefault(request_id, []).extend(blocks)
+        return given
 
-    def left_since(self, step: int, request_id: str) -> bool:
-        """Whether the request gave all its blocks back in a step after ``step``, as a preempted
-        request does."""
-        return any(s > step and r == request_id for s, r in self._left)
+    def left_since(self, step: int) -> set[str]:
+        """Requests that gave all their blocks back, as preempted ones do, since ``step`` was
+        planned: one that left while it was planned is not in its report."""
+        return {request_id for left_in, request_id in self._left if left_in >= step}
 
     def vacate(self, request_id: str, block_ids: Sequence[int]) -> None:
         """Free the blocks that the worker handed back, leaving null blocks in their places."""
+        if not block_ids:
+            return
         leaving = set(block_ids)
         blocks = self.req_to_blocks[request_id]
         freed = []
@@ -83,7 +89,9 @@ class FastGenBlockManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         if self._needs_blocks(request_id):
             new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-            self._given.append((self.step, request_id, [block.block_id for block in new_blocks]))
+            if new_blocks:
+                given = [block.block_id for block in new_blocks]
+                self._given.append((self.step, request_id, given))
             if request_id in self.free_pages:
                 self.free_pages[request_id] += len(new_blocks) * self.pages_per_block
             return new_blocks

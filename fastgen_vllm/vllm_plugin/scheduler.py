@@ -11,9 +11,10 @@ from vllm.v1.request import Request
 
 from fastgen_vllm.runtime.report import Kept, StepReport
 from fastgen_vllm.vllm_plugin.block_manager import FastGenBlockManager
+from fastgen_vllm.vllm_plugin.names import LOGGER
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
 
-logger = init_logger("vllm.fastgen")
+logger = init_logger(LOGGER)
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as SchedulerBase
@@ -32,6 +33,7 @@ class FastGenSchedulerMixin(SchedulerBase):
         manager.pages_per_block = len(group.layer_names) * group.kv_cache_spec.num_kv_heads
         self.block_manager = manager
         self.kept: dict[str, Kept] = {}
+        self.stops_at_strings: set[str] = set()
         config = fastgen_config(self.vllm_config)
         self.debug = config.debug
         logger.info(
@@ -53,30 +55,46 @@ class FastGenSchedulerMixin(SchedulerBase):
         report = getattr(model_runner_output, "fastgen_report", None)
         if report is not None:
             self.apply_report(report, scheduler_output.fastgen_step)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._tell_before_stop_strings(outputs)
+        return outputs
+
+    def _tell_before_stop_strings(self, outputs: Any) -> None:
+        """The front end finds a stop string, and takes what it then tells from the output that
+        held it: no other comes from here. So every output tells it, where one could be the last.
+        """
+        if not self.stops_at_strings:
+            return
+        for output in (output for each in outputs.values() for output in each.outputs):
+            kept = self.kept.get(output.request_id)
+            if kept is not None and output.request_id in self.stops_at_strings:
+                output.kv_transfer_params = {"fastgen": _summary(kept)}
 
     def apply_report(self, report: StepReport, step: int) -> None:
         """Take back what was vacated in ``step``; later steps may have been planned since."""
         manager = self.block_manager
-        alive = [
-            r
-            for r in report.free_pages
-            if r in manager.req_to_blocks and not manager.left_since(step, r)
-        ]
+        left, given = manager.left_since(step), manager.given_since(step)
+        alive = [r for r in report.free_pages if r in manager.req_to_blocks and r not in left]
         for request_id in alive:
             manager.vacate(request_id, report.vacated.get(request_id, ()))
-            given = len(manager.given_since(step, request_id)) * manager.pages_per_block
-            manager.free_pages[request_id] = report.free_pages[request_id] + given
+            since = len(given.get(request_id, ())) * manager.pages_per_block
+            manager.free_pages[request_id] = report.free_pages[request_id] + since
             if request_id in report.kept:
-                self.kept[request_id] = report.kept[request_id]
+                self._remember(request_id, report.kept[request_id])
         if self.debug and report.owned is not None:
-            self._audit(report.owned, alive, step)
+            self._audit({r: [*report.owned[r], *given.get(r, ())] for r in alive})
 
-    def _audit(self, owned: dict[str, list[int]], alive: list[str], step: int) -> None:
+    def _remember(self, request_id: str, kept: Kept) -> None:
+        self.kept[request_id] = kept
+        sampling_params = self.requests[request_id].sampling_params
+        if sampling_params is not None and sampling_params.stop:
+            self.stops_at_strings.add(request_id)
+
+    def _audit(self, owned: dict[str, list[int]]) -> None:
+        """The worker's blocks of each request are ours, and none is lost or owned twice."""
         manager, pool = self.block_manager, self.block_manager.block_pool
-        for request_id in alive:
-            ours = sorted(manager.owned_blocks(request_id))
-            theirs = sorted([*owned[request_id], *manager.given_since(step, request_id)])
+        for request_id, blocks in owned.items():
+            ours, theirs = sorted(manager.owned_blocks(request_id)), sorted(blocks)
             assert ours == theirs, f"{request_id}: scheduler {ours}, worker {theirs}"
         held = [b for r in manager.req_to_blocks for b in manager.owned_blocks(r)]
         assert len(held) == len(set(held)), "a block has two owners"
@@ -88,15 +106,20 @@ class FastGenSchedulerMixin(SchedulerBase):
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         transfer, ec_transfer = super()._free_request(request, delay_free_blocks)
         kept = self.kept.pop(request.request_id, None)
+        self.stops_at_strings.discard(request.request_id)
         if kept is None:
             return transfer, ec_transfer
-        summary = {
-            "kv_kept_ratio": kept.kept_slots / kept.total_slots,
-            "vacated_blocks": kept.vacated_blocks,
-            "policy_heads": kept.policy_heads,
-        }
+        summary = _summary(kept)
         logger.debug("FASTGEN %s: %s", request.request_id, summary)
         return {**(transfer or {}), "fastgen": summary}, ec_transfer
+
+
+def _summary(kept: Kept) -> dict[str, Any]:
+    return {
+        "kv_kept_ratio": kept.kept_slots / kept.total_slots,
+        "vacated_blocks": kept.vacated_blocks,
+        "policy_heads": kept.policy_heads,
+    }
 
 
 class FastGenScheduler(FastGenSchedulerMixin, Scheduler):

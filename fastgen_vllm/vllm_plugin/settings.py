@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
+from vllm import envs
 from vllm.config import CUDAGraphMode
-from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
-from fastgen_vllm.config import FastGenConfig, RequestOverride
+from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.errors import FastGenConfigError
-from fastgen_vllm.vllm_plugin import BACKEND_NAME, BACKEND_PATH
+from fastgen_vllm.vllm_plugin.names import (
+    ASYNC_SCHEDULER,
+    BACKEND_NAME,
+    BACKEND_PATH,
+    LOGGER,
+    SCHEDULER,
+    V2_RUNNER,
+    WORKERS,
+)
 
-# vLLM configures the loggers below its own name only.
-logger = init_logger("vllm.fastgen")
-
-SCHEDULER = "fastgen_vllm.vllm_plugin.scheduler.FastGenScheduler"
-ASYNC_SCHEDULER = "fastgen_vllm.vllm_plugin.scheduler.FastGenAsyncScheduler"
-WORKERS = {
-    "cpu": "fastgen_vllm.vllm_plugin.cpu_worker.FastGenCPUWorker",
-    "cuda": "fastgen_vllm.vllm_plugin.worker.FastGenGPUWorker",
-}
-V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-
-_active: FastGenConfig | None = None
-"""Settings of this process's engine that chose FASTGEN, which request validation is not told."""
+logger = init_logger(LOGGER)
 
 
 def is_fastgen(backend: Any) -> bool:
     """Whether ``backend``, a name or an enum member, is ours."""
     return str(getattr(backend, "name", backend)).upper() == BACKEND_NAME
+
+
+def chosen(vllm_config: Any) -> bool:
+    """Whether this engine's attention backend is ours."""
+    return is_fastgen(vllm_config.attention_config.backend)
 
 
 def fastgen_config(vllm_config: Any) -> FastGenConfig:
@@ -45,28 +45,35 @@ def fastgen_config(vllm_config: Any) -> FastGenConfig:
     return FastGenConfig.from_dict(settings)
 
 
-def prepare_engine_args(args: Any) -> None:
-    """Switch off prefix caching and the V2 model runner where they are only vLLM's default.
-
-    vLLM reads the choice of runner from the environment, in every process of the engine.
-    """
+def create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Wraps ``EngineArgs.create_engine_config``: prefix caching is off where it is only vLLM's
+    default."""
     attention = args.attention_config
     nested = attention.get("backend") if isinstance(attention, dict) else attention.backend
-    if not (is_fastgen(args.attention_backend) or is_fastgen(nested)):
-        return
-    if args.enable_prefix_caching is None:
+    ours = is_fastgen(args.attention_backend) or is_fastgen(nested)
+    if ours and args.enable_prefix_caching is None:
         args.enable_prefix_caching = False
         logger.info("FASTGEN: prefix caching is off, it cannot share compressed blocks yet")
-    os.environ.setdefault(V2_RUNNER, "0")
+    return original(args, *rest, **kwargs)
+
+
+def use_v2_model_runner(original: Callable[..., bool], vllm_config: Any) -> bool:
+    """Wraps the property of ``VllmConfig``: the V1 model runner, where V2 is only vLLM's default.
+
+    The configuration travels to every process of the engine, and other engines have their own.
+    """
+    if chosen(vllm_config) and envs.VLLM_USE_V2_MODEL_RUNNER is None:
+        return False
+    return original(vllm_config)
 
 
 def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
     """Wraps ``Platform.check_and_update_config``."""
-    if not is_fastgen(vllm_config.attention_config.backend):
+    _check_backend_per_kind(vllm_config.attention_config)
+    if not chosen(vllm_config):
         original(vllm_config)
         return
-    global _active
-    config = _active = fastgen_config(vllm_config)
+    config = fastgen_config(vllm_config)
     problems = _unsupported(vllm_config)
     if problems:
         raise FastGenConfigError(
@@ -89,6 +96,16 @@ def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
     # vLLM's CPU platform switches asynchronous scheduling off only now.
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
     cache.block_size = config.block_size
+
+
+def _check_backend_per_kind(attention: Any) -> None:
+    per_kind = attention.backend_per_kind
+    if per_kind and any(map(is_fastgen, [attention.backend, *per_kind.values()])):
+        names = {kind: backend.name for kind, backend in per_kind.items()}
+        raise FastGenConfigError(
+            f"FASTGEN serves all layers or none; --attention-config backend_per_kind {names}: "
+            "leave it out, and pass --attention-backend fastgen for FASTGEN"
+        )
 
 
 def _unsupported(vllm_config: Any) -> list[str]:
@@ -117,7 +134,7 @@ def _unsupported(vllm_config: Any) -> list[str]:
             vllm_config.kv_transfer_config is not None,
             "KV connectors; leave --kv-transfer-config and KV offloading out",
         ),
-        (parallel.use_ubatching, "batches in halves; leave --enable-dbo and --ubatch-size out"),
+        (parallel.use_ubatching, "dual-batch overlap; leave --enable-dbo and --ubatch-size out"),
         (
             scheduler.scheduler_cls not in (None, SCHEDULER, ASYNC_SCHEDULER),
             f"another scheduler; --scheduler-cls {scheduler.scheduler_cls}, leave it out",
@@ -173,14 +190,3 @@ def select_backend(
             "choose another --attention-backend for this model"
         )
     return BACKEND_PATH
-
-
-def validate_request(original: Callable[..., None], processed_inputs: Any, params: Any) -> None:
-    """Wraps ``Platform.validate_request``: a wrong override is the request's error, not ours."""
-    original(processed_inputs, params)
-    if _active is not None:
-        try:
-            override = RequestOverride.from_extra_args(getattr(params, "extra_args", None))
-            _active.check_override(override)
-        except FastGenConfigError as error:
-            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,18 +11,20 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
-from fastgen_vllm.config import RequestOverride
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.kernels import libraries
 from fastgen_vllm.policy.tokens import token_classes
 from fastgen_vllm.runtime import footprint
 from fastgen_vllm.runtime.report import PendingReport
 from fastgen_vllm.runtime.runtime import Runtime
+from fastgen_vllm.runtime.step import Step
 from fastgen_vllm.runtime.warm_up import warm_up
 from fastgen_vllm.vllm_plugin import flash_attention
+from fastgen_vllm.vllm_plugin.names import LOGGER
+from fastgen_vllm.vllm_plugin.overrides import decodes, override_of
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
 
-logger = init_logger("vllm.fastgen")
+logger = init_logger(LOGGER)
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
@@ -61,6 +64,7 @@ class FastGenWorkerMixin(WorkerBase):
         vllm_config = self.vllm_config
         scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
         specs = list(self.model_runner.get_kv_cache_spec().values())
+        _check_alike("caches", specs)
         threshold = scheduler.long_prefill_token_threshold
         partial = -(-scheduler.max_num_batched_tokens // threshold) if threshold else 1
         num_heads = model.get_num_attention_heads(vllm_config.parallel_config)
@@ -81,6 +85,7 @@ class FastGenWorkerMixin(WorkerBase):
         (group,) = kv_cache_config.kv_cache_groups
         context = self.vllm_config.compilation_config.static_forward_context
         layers = [context[name] for name in group.layer_names]
+        _check_alike("query heads", [layer.num_heads for layer in layers])
         kv = _pool_view([layer.kv_cache for layer in layers])
         config = fastgen_config(self.vllm_config)
         classes = token_classes(
@@ -119,8 +124,15 @@ class FastGenWorkerMixin(WorkerBase):
         self.model_runner.fastgen_step = None
         output = super().execute_model(scheduler_output)
         step = self.model_runner.fastgen_step
-        self.pending = None if step is None else self.runtime.finish_step(step)
+        self.pending = None if step is None else self._finish_step(step)
         return output
+
+    def _finish_step(self: Any, step: Step) -> PendingReport:
+        requests = self.model_runner.requests
+        chunks = [
+            chunk for chunk in step.chunks if decodes(requests[chunk.request_id].sampling_params)
+        ]
+        return self.runtime.finish_step(replace(step, chunks=chunks))
 
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         output, pending = super().sample_tokens(grammar_output), self.pending
@@ -138,16 +150,23 @@ class FastGenWorkerMixin(WorkerBase):
         for request_id in scheduler_output.preempted_req_ids or ():
             runtime.release(request_id)
         for new in scheduler_output.scheduled_new_reqs:
-            override = _override(new.sampling_params)
-            runtime.begin_prefill(new.req_id, new.prompt_token_ids, override)
+            tokens = new.prompt_token_ids
+            self._begin(new.req_id, tokens, len(tokens), new.sampling_params)
         cached = scheduler_output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             if request_id in cached.resumed_req_ids:
                 state = self.model_runner.requests[request_id]
                 tokens = cached.all_token_ids[request_id]
-                runtime.begin_prefill(request_id, tokens, _override(state.sampling_params))
+                self._begin(request_id, tokens, state.num_prompt_tokens, state.sampling_params)
             elif cached.new_block_ids[i] is not None:
                 runtime.grant(request_id, cached.new_block_ids[i][0])
+
+    def _begin(
+        self: Any, request_id: str, tokens: list[int], prompt_tokens: int, sampling_params: Any
+    ) -> None:
+        config = self.runtime.config
+        override = override_of(config, sampling_params, prompt_tokens)
+        self.runtime.begin_prefill(request_id, tokens, override)
 
 
 class _WithReport(AsyncModelRunnerOutput):
@@ -174,8 +193,14 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-def _override(sampling_params: Any) -> RequestOverride:
-    return RequestOverride.from_extra_args(sampling_params and sampling_params.extra_args)
+def _check_alike(what: str, of_layers: list[Any]) -> None:
+    different = [value for value in of_layers if value != of_layers[0]]
+    if different:
+        raise FastGenConfigError(
+            "the FASTGEN attention backend needs layers that are alike, as any page serves any "
+            f"layer, but their {what} vary: {of_layers[0]} and {different[0]}; choose another "
+            "--attention-backend for this model"
+        )
 
 
 def _pool_view(caches: list[torch.Tensor]) -> torch.Tensor:

@@ -1,22 +1,29 @@
 """Registration, refusals, and vLLM untouched where our backend is not chosen."""
 
+import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.errors import FastGenConfigError
-from fastgen_vllm.vllm_plugin import register
+from fastgen_vllm.vllm_plugin import overrides, register
 from fastgen_vllm.vllm_plugin.block_manager import FastGenSpec
-from fastgen_vllm.vllm_plugin.settings import SCHEDULER, WORKERS
+from fastgen_vllm.vllm_plugin.names import SCHEDULER, V2_RUNNER, WORKERS
+from fastgen_vllm.vllm_plugin.worker import FastGenWorkerMixin
 
 
 def config_of(model: str, **options: Any) -> Any:
@@ -44,12 +51,26 @@ def test_stock_is_untouched(model: str) -> None:
     assert config.cache_config.block_size == 128
 
 
+def test_v1_runner_is_this_engines_only(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(V2_RUNNER, raising=False)
+    ours, stock = config_of(model), config_of(model, attention_backend=None)
+    # vLLM's default is V2 where there is Triton, which it does not use on CPU.
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    assert V2_RUNNER not in os.environ
+    assert (ours.use_v2_model_runner, stock.use_v2_model_runner) == (False, True)
+    monkeypatch.setenv(V2_RUNNER, "1")
+    with pytest.raises(ValueError, match=f"V2 model runner; leave {V2_RUNNER} out"):
+        config_of(model)
+
+
 def test_registering_twice_is_harmless() -> None:
     load_general_plugins()
-    before = type(current_platform).check_and_update_config
+    wrapped = [(type(current_platform), "check_and_update_config")]
+    wrapped += [(EngineArgs, "create_engine_config"), (InputProcessor, "process_inputs")]
+    before = [getattr(*each) for each in wrapped]
     register()
     register()
-    assert type(current_platform).check_and_update_config == before
+    assert [getattr(*each) for each in wrapped] == before
 
 
 def test_config_unpickles_before_plugins_load() -> None:
@@ -92,6 +113,23 @@ def test_config_unpickles_before_plugins_load() -> None:
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"scheduler_cls": "a.B"}, "--scheduler-cls a.B"),
         ({"block_size": 64}, "--block-size 64 and fastgen.block_size 16"),
+        (
+            {
+                "attention_backend": None,
+                "attention_config": {"backend_per_kind": {"full_attention": "FASTGEN"}},
+            },
+            r"backend_per_kind \{'full_attention': 'FASTGEN'\}: .* --attention-backend fastgen",
+        ),
+        (
+            {
+                "attention_backend": None,
+                "attention_config": {
+                    "backend": "FASTGEN",
+                    "backend_per_kind": {"full_attention": "CPU_ATTN"},
+                },
+            },
+            r"backend_per_kind \{'full_attention': 'CPU_ATTN'\}: leave it out",
+        ),
         ({"additional_config": {"fastgen": {"recovry": 1}}}, r"fastgen\.recovry: unknown key"),
         ({"additional_config": {"fastgen": {"recovery": 2.0}}}, r"fastgen\.recovery: got 2\.0"),
     ],
@@ -144,3 +182,112 @@ def test_layer_options_refused(name: str, value: Any) -> None:
 
     with pytest.raises(FastGenConfigError, match="choose another --attention-backend"):
         FastGenImpl(8, 64, 1.0, 2, **{name: value})
+
+
+@pytest.mark.parametrize("field", ["num_kv_heads", "head_size", "dtype"])
+def test_layers_that_differ_are_refused(field: str) -> None:
+    plain = {"block_size": 16, "num_kv_heads": 4, "head_size": 64, "dtype": torch.float16}
+    other = {**plain, field: {"dtype": torch.float32}.get(field, 32)}
+    specs = [FastGenSpec(**plain), FastGenSpec(**other)]
+
+    class VllmWorker:
+        vllm_config = SimpleNamespace(
+            additional_config={}, scheduler_config=None, model_config=None
+        )
+        model_runner = SimpleNamespace(get_kv_cache_spec=lambda: dict(enumerate(specs)))
+
+        def determine_available_memory(self) -> int:
+            return 1 << 30
+
+    class Worker(FastGenWorkerMixin, VllmWorker):
+        pass
+
+    with pytest.raises(FastGenConfigError, match=f"caches vary: .*{field}={other[field]}"):
+        Worker().determine_available_memory()
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "found"),
+    [
+        (None, {}),
+        ({"somebody_elses": [1]}, {}),
+        ({"fastgen_compress": False}, {"fastgen_compress": False}),
+        ({"fastgen_compress": 0}, {"fastgen_compress": False}),  # false, over HTTP
+        ({"fastgen_compress": 0.0}, {"fastgen_compress": False}),
+        ({"fastgen_compress": 1}, {"fastgen_compress": True}),
+        ({"fastgen_compress": 2}, None),
+        ({"fastgen_compress": "false"}, None),
+        ({"fastgen_compress": None}, None),
+        ({"fastgen_kv_budget": 1}, {"fastgen_kv_budget": 1.0}),
+        ({"fastgen_kv_budget": True}, None),
+        ({"fastgen_kv_budget": "0.5"}, None),
+        ({"fastgen_kv_budget": 0}, None),
+        ({"fastgen_kv_budget": float("nan")}, None),
+        ({"fastgen_kv_budget": 10**400}, None),
+        ({"fastgen_recovery": [0.5]}, None),
+        ({"fastgen_recovery": True}, None),
+        ({"fastgen_recovery": 0}, {"fastgen_recovery": 0.0}),
+        ({"fastgen_recovery": 0.5, "fastgen_kv_budget": 0.5}, None),
+        ({"fastgen": {}}, None),
+    ],
+)
+def test_overrides(extra_args: dict[str, Any] | None, found: dict[str, Any] | None) -> None:
+    if found is None:
+        with pytest.raises(FastGenConfigError, match="request"):
+            RequestOverride.from_extra_args(extra_args)
+        return
+    assert RequestOverride.from_extra_args(extra_args) == RequestOverride(**found)
+
+
+def accepts(processor: InputProcessor, extra_args: dict[str, Any], **options: Any) -> bool:
+    params = SamplingParams(max_tokens=8, extra_args=extra_args)
+    prompt: Any = {"type": "token", "prompt_token_ids": [1, 2, 3]}
+    try:
+        processor.process_inputs("a", prompt, params, ("generate",), **options)
+    except VLLMValidationError as error:
+        assert "fastgen" in str(error).lower()
+        return False
+    return True
+
+
+def test_requests_are_checked_by_their_own_engines_settings(model: str) -> None:
+    """Whichever engine of the process was configured last."""
+    method = {"fastgen": {"method": "streaming", "kv_budget": 0.3}}
+    streaming = InputProcessor(config_of(model, additional_config=method))
+    default = InputProcessor(config_of(model))
+    stock = InputProcessor(config_of(model, attention_backend=None))
+    again = InputProcessor(config_of(model, additional_config=method))
+    valid, wrong = {"fastgen_kv_budget": 0.5}, {"fastgen_kv_budget": 5}
+    expected = [
+        (streaming, False, False),
+        (default, True, False),
+        (stock, True, True),
+        (again, False, False),
+    ]
+    for processor, takes_valid, takes_wrong in expected:
+        assert accepts(processor, valid) is takes_valid
+        assert accepts(processor, wrong) is takes_wrong
+        assert accepts(processor, {"fastgen_compress": False})
+
+
+def test_streaming_input_sessions_are_refused(model: str) -> None:
+    ours = InputProcessor(config_of(model))
+    stock = InputProcessor(config_of(model, attention_backend=None))
+    assert accepts(ours, {}) and not accepts(ours, {}, resumable=True)
+    assert accepts(stock, {}, resumable=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "extra_args"),
+    [({}, {"fastgen_recovery": 7}), ({"method": "h2o", "kv_budget": 0.3}, {"fastgen_recovery": 1})],
+)
+def test_wrong_override_that_was_not_checked_is_left_out(
+    config: dict[str, Any], extra_args: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a request is handed to the engine past its input processor."""
+    params = SamplingParams(extra_args=extra_args)
+    for _ in range(2):
+        found = overrides.override_of(FastGenConfig.from_dict(config), params, 500)
+        assert found == RequestOverride()
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == "vllm.fastgen"]
+    assert "takes the engine's settings" in warning and "request.fastgen_recovery" in warning

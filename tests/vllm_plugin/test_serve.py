@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -25,15 +26,8 @@ def client(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ope
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     command = [str(Path(sys.executable).parent / "vllm"), "serve", model]
     command += ["--attention-backend", "fastgen", "--host", "127.0.0.1", "--port", str(port)]
-    command += [
-        "--served-model-name",
-        "small",
-        "--max-model-len",
-        "2048",
-        "--enforce-eager",
-        "--dtype",
-        "float32",
-    ]
+    command += ["--served-model-name", "small", "--enforce-eager", "--dtype", "float32"]
+    command += ["--max-model-len", "2048", "--max-num-batched-tokens", "512"]
     command += ["--kv-cache-memory-bytes", str(256 << 20)]
     settings = {"recovery": 0.9, "min_prompt_tokens": 16, "debug": True}
     command += ["--additional-config", json.dumps({"fastgen": settings})]
@@ -53,14 +47,16 @@ def client(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ope
             raise AssertionError(log.read_text()[-4000:])
         assert log.read_text().count("FASTGEN: recovery 0.9, ladder adaptive") == 1
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        assert server.poll() is None, "a request ended the server"
+        assert "EngineDeadError" not in log.read_text()
         server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=60) is not None
+        assert server.wait(timeout=60) == 0
     finally:
         server.kill()
         server.wait()
 
 
-def complete(client: openai.OpenAI, prompt: str, **options: object) -> openai.types.Completion:
+def complete(client: openai.OpenAI, prompt: str, **options: Any) -> openai.types.Completion:
     return client.completions.create(
         model="small", prompt=prompt, temperature=0, max_tokens=12, **options
     )
@@ -69,7 +65,7 @@ def complete(client: openai.OpenAI, prompt: str, **options: object) -> openai.ty
 @pytest.mark.engine
 def test_serving(client: openai.OpenAI) -> None:
     plain = complete(client, english(1200))
-    info = plain.model_extra["kv_transfer_params"]["fastgen"]
+    info = (plain.model_extra or {})["kv_transfer_params"]["fastgen"]
     assert 0 < info["kv_kept_ratio"] < 1 and info["vacated_blocks"] > 0
 
     streamed = client.completions.create(
@@ -90,11 +86,112 @@ def test_serving(client: openai.OpenAI) -> None:
     aborted.close()
 
     whole = complete(client, english(1200), extra_body={"vllm_xargs": {"fastgen_recovery": 1.0}})
-    assert whole.model_extra["kv_transfer_params"]["fastgen"]["kv_kept_ratio"] == 1.0
-    with pytest.raises(openai.BadRequestError, match="fastgen_recovery: got 3"):
-        complete(client, "Hello", extra_body={"vllm_xargs": {"fastgen_recovery": 3.0}})
+    assert (whole.model_extra or {})["kv_transfer_params"]["fastgen"]["kv_kept_ratio"] == 1.0
     chat = client.chat.completions.create(
         model="small", messages=[{"role": "user", "content": "What is 2 + 2?"}], max_tokens=8
     )
     assert chat.choices[0].message.content
     assert complete(client, english(1200)).choices[0].text == plain.choices[0].text
+
+
+QUESTION = english(1200) + " What does this text say?"
+
+
+def ask(
+    client: openai.OpenAI, chat: bool, stream: bool, xargs: dict[str, Any], **options: Any
+) -> tuple[str, dict[str, Any] | None]:
+    """The answer to ``QUESTION``, and what the request tells of its KV cache."""
+    shared = {
+        "model": "small",
+        "temperature": 0,
+        "max_tokens": 12,
+        "stream": stream,
+        "extra_body": {"vllm_xargs": xargs},
+        **options,
+    }
+    create: Any = client.chat.completions.create if chat else client.completions.create
+    asked = {"messages": [{"role": "user", "content": QUESTION}]} if chat else {"prompt": QUESTION}
+    answer = create(**asked, **shared)
+    responses = list(answer) if stream else [answer]
+    choices = [choice for response in responses for choice in response.choices]
+    part = "delta" if stream else "message"
+    texts = [getattr(choice, part).content if chat else choice.text for choice in choices]
+    told = [(r.model_extra or {}).get("kv_transfer_params") for r in responses]
+    (fastgen,) = [each["fastgen"] for each in told if each] or [None]
+    return "".join(text or "" for text in texts), fastgen
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("chat", [False, True])
+def test_every_override_works(client: openai.OpenAI, chat: bool) -> None:
+    """Streamed, a request tells nothing, but gives the answer that it gives otherwise."""
+    wholes: list[dict[str, Any]] = [
+        {"fastgen_compress": False},
+        {"fastgen_compress": 0},
+        {"fastgen_recovery": 1},
+        {"fastgen_kv_budget": 1},
+        {"fastgen_kv_budget": True},  # which arrives as 1
+    ]
+    shares: list[dict[str, Any]] = [
+        {},
+        {"fastgen_compress": True},
+        {"fastgen_recovery": 0.6},
+        {"fastgen_kv_budget": 0.3},
+    ]
+    ratios = {}
+    for xargs in wholes + shares:
+        answer, told = ask(client, chat, False, xargs)
+        assert told is not None
+        ratios[json.dumps(xargs)] = told["kv_kept_ratio"]
+        assert ask(client, chat, True, xargs) == (answer, None)
+    kept = [ratios[json.dumps(xargs)] for xargs in wholes + shares]
+    assert kept[: len(wholes)] == [1.0] * len(wholes)
+    default, compressed, recovery, budget = kept[len(wholes) :]
+    assert 1 > default == compressed > recovery > budget > 0.25
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"fastgen_recovery": 3.0}, "request.fastgen_recovery: got 3"),
+        ({"fastgen_kv_budget": 0}, "request.fastgen_kv_budget: got 0"),
+        ({"fastgen_kv_budget": "0.5"}, "request.fastgen_kv_budget: got '0.5'"),
+        ({"fastgen_compress": 2}, "request.fastgen_compress: got 2"),
+        ({"fastgen_budget": 0.5}, "request.fastgen_budget: unknown key"),
+    ],
+)
+def test_wrong_override_is_an_error_of_the_request(
+    client: openai.OpenAI, chat: bool, xargs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        ask(client, chat, False, xargs)
+    # The headers, with HTTP 200, have gone before vLLM sees the request.
+    with pytest.raises(openai.APIError, match=message) as streamed:
+        ask(client, chat, True, xargs)
+    assert type(streamed.value) is openai.APIError
+
+
+@pytest.mark.engine
+def test_request_that_a_stop_string_ends_tells_what_it_kept(client: openai.OpenAI) -> None:
+    whole, told = ask(client, False, False, {})
+    word = whole.split()[3]
+    answer, of_stopped = ask(client, False, False, {}, stop=[word])
+    assert whole.startswith(answer) and word not in answer
+    assert of_stopped == told and told is not None
+
+
+@pytest.mark.engine
+def test_seeded_prompt_in_chunks(client: openai.OpenAI) -> None:
+    """vLLM rewinds the generator of a request whose prompt goes on, which CPUs cannot do."""
+    prompt = english(3200)
+    seeded: dict[str, Any] = {"n": 4, "seed": 7, "temperature": 1.0}
+    first, second = (
+        client.completions.create(model="small", prompt=prompt, max_tokens=8, **seeded)
+        for _ in range(2)
+    )
+    assert first.usage is not None and first.usage.prompt_tokens > 512
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in second.choices]
+    assert len(set(texts)) == 4

@@ -12,7 +12,9 @@ import pytest
 from helpers.engine import KOREAN, Engine, Finished, chat, english
 from helpers.paths import PROGRAMS
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 
+from fastgen_vllm.config import RequestOverride
 from fastgen_vllm.runtime.report import StepReport
 
 NATURAL = [
@@ -73,9 +75,10 @@ def test_chunk_size_does_not_change_policies(engine: Engine) -> None:
 
 @pytest.mark.engine
 def test_sampling_options_work(engine: Engine) -> None:
-    # Short enough for one chunk: vLLM's CPU runner cannot rewind the generator of a seeded
-    # request whose prompt is cut (torch: "CPU Generator does not use offset").
-    prompt = english(250, "naming")
+    # Long enough for three chunks: vLLM would rewind the generator of a seeded request after each
+    # but the last, which generators of the CPU cannot do.
+    prompt = english(3200, "types")
+    assert len(engine.llm.get_tokenizer().encode(prompt)) > 2 * 256
     outputs = {}
 
     def run(**sampling: Any) -> Any:
@@ -92,12 +95,85 @@ def test_sampling_options_work(engine: Engine) -> None:
     word = run(max_tokens=24).outputs[0].text.split()[4]
     stopped = run(stop=[word], max_tokens=24).outputs[0]
     assert stopped.finish_reason == "stop" and word not in stopped.text
+    # Beside others, chunks are cut elsewhere.
+    others = [engine.add(english(400 + 90 * i, "compound", 500 * i)) for i in range(3)]
     again = run(n=3, temperature=1.0, seed=7)
+    assert set(others) < set(outputs)
     first, second = (
         [list(o.token_ids) for o in sorted(result.outputs, key=lambda o: o.index)]
         for result in (many, again)
     )
     assert first == second
+
+
+@pytest.mark.engine
+def test_request_that_a_stop_string_ends_tells_what_it_kept(engine: Engine) -> None:
+    prompt = english(1200, "naming")
+    name = engine.add(prompt, max_tokens=24)
+    whole = engine.run()[name]
+    word = whole.text.split()[4]
+    name = engine.add(prompt, max_tokens=24, stop=[word])
+    stopped = engine.run()[name]
+    assert 0 < len(stopped.output) < len(whole.output) and word not in stopped.text
+    assert stopped.info == whole.info and whole.info["vacated_blocks"] > 0
+
+
+@pytest.mark.engine
+def test_one_token_is_not_worth_compressing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is beam search, where each token is a request of its own."""
+    prompt, begin_prefill = english(1200, "naming"), engine.runtime.begin_prefill
+    profiled: list[bool] = []
+
+    def begin(request_id: str, tokens: list[int], override: RequestOverride) -> None:
+        profiled.append(override.fastgen_compress)
+        begin_prefill(request_id, tokens, override)
+
+    monkeypatch.setattr(engine.runtime, "begin_prefill", begin)
+
+    def run(num_tokens: int) -> tuple[Any, bool]:
+        """The answer, and whether the request was in the head tables."""
+        name, outputs, compacted = engine.add(prompt, max_tokens=num_tokens), [], False
+        while engine.llm.llm_engine.has_unfinished_requests():
+            outputs += engine.step()
+            compacted |= any(row.startswith(name) for row in engine.runtime.tables.rows)
+        (output,) = outputs
+        return output, compacted
+
+    one, one_compacted = run(1)
+    two, two_compacted = run(2)
+    assert (one_compacted, two_compacted) == (False, True) and profiled == [False, True]
+    assert list(one.outputs[0].token_ids) == list(two.outputs[0].token_ids)[:1]
+    assert one.kv_transfer_params is None and two.kv_transfer_params["fastgen"]
+
+    profiled.clear()
+    (beams,) = engine.llm.beam_search([{"prompt": prompt}], BeamSearchParams(2, max_tokens=3))
+    lengths = [len(beam.tokens) - len(one.prompt_token_ids) for beam in beams.sequences]
+    assert lengths == [3, 3]
+    assert len(profiled) == 1 + 2 + 2 and not any(profiled)
+
+
+@pytest.mark.engine
+def test_what_is_kept_whole_stays_whole_after_preemptions(engine: Engine) -> None:
+    """A preempted request comes back as a longer prompt, above ``min_prompt_tokens``."""
+    tokenizer = engine.llm.get_tokenizer()
+    texts = [english(300, "specialnames", 300 * i) for i in range(10)]
+    prompts = [tokenizer.decode(tokenizer.encode(text)[:12]) for text in texts]
+
+    def run() -> dict[str, Finished]:
+        names = [engine.add(p, 0.5, max_tokens=160, ignore_eos=True) for p in prompts]
+        results = engine.run()
+        return {p: results[n] for p, n in zip(prompts, names, strict=True)}
+
+    unpressed, preempted = run(), engine.num_preemptions
+    assert max(len(result.prompt) for result in unpressed.values()) < 16
+    with engine.limited_to(60):
+        pressed = run()
+    assert engine.num_preemptions > preempted, "not enough pressure for a preemption"
+    for prompt in prompts:
+        assert pressed[prompt].info["kv_kept_ratio"] == 1.0
+        assert pressed[prompt].output == unpressed[prompt].output
 
 
 @pytest.mark.engine
@@ -145,7 +221,8 @@ def test_vacated_blocks_admit_more_requests(engine: Engine) -> None:
 def test_soak(engine: Engine) -> None:
     """120 requests, random lengths and aborts, in a pool that forces preemptions."""
     rng = random.Random(3)
-    waiting, alive, finished, preempted = 120, set(), 0, engine.num_preemptions
+    waiting, finished, preempted = 120, 0, engine.num_preemptions
+    alive: set[str] = set()
     with engine.limited_to(130):
         while waiting or engine.llm.llm_engine.has_unfinished_requests():
             while waiting and len(alive) < 14:

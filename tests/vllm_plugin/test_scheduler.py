@@ -1,0 +1,155 @@
+"""The scheduler and its block manager, for real, with reports made up: no worker runs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from fastgen_vllm.runtime.report import Kept, StepReport
+from fastgen_vllm.vllm_plugin.block_manager import FastGenSpec
+from fastgen_vllm.vllm_plugin.scheduler import FastGenAsyncScheduler, FastGenScheduler
+
+BLOCK, PAGES = 16, 6
+"""Tokens of a block; its pages, two heads in each of three layers."""
+PROMPT = 64
+KEPT = Kept(kept_slots=100, total_slots=384, vacated_blocks=2, policy_heads={"local": 6})
+
+Scheduler = FastGenScheduler | FastGenAsyncScheduler
+
+
+@pytest.fixture(params=[FastGenScheduler, FastGenAsyncScheduler])
+def scheduler(request: pytest.FixtureRequest, model: str) -> Scheduler:
+    return start(request.param, model)
+
+
+def start(kind: type[Scheduler], model: str) -> Scheduler:
+    """32 requests of 64 tokens fit; prompts come in chunks of at most 32 tokens."""
+    load_general_plugins()
+    config = EngineArgs(
+        model=model,
+        max_model_len=512,
+        max_num_batched_tokens=32,
+        attention_backend="fastgen",
+        additional_config={"fastgen": {"debug": True}},
+    ).create_engine_config()
+    spec = FastGenSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    layers = KVCacheGroupSpec([f"layer.{i}" for i in range(3)], spec)
+    config.cache_config.num_gpu_blocks = 129
+    return kind(
+        config, KVCacheConfig(129, [], [layers]), StructuredOutputManager(config), block_size=BLOCK
+    )
+
+
+def add(scheduler: Scheduler, name: str, **sampling: Any) -> Request:
+    params = SamplingParams(**{"max_tokens": 100, "ignore_eos": True, **sampling})
+    request = Request(name, list(range(PROMPT)), params, None, block_hasher=None)
+    scheduler.add_request(request)
+    return request
+
+
+def finish(scheduler: Scheduler, plan: Any, report: StepReport) -> Any:
+    """The worker has done the step ``plan``: every request that ended its prompt has a token."""
+    names = list(plan.num_scheduled_tokens)
+    ended = [not scheduler.requests[name].is_prefill_chunk for name in names]
+    output: Any = ModelRunnerOutput(
+        names, {n: i for i, n in enumerate(names)}, [[7] if each else [] for each in ended]
+    )
+    output.fastgen_report = report
+    return scheduler.update_from_output(plan, output)
+
+
+def prefill(scheduler: Scheduler, name: str) -> list[int]:
+    """Both chunks of its prompt, and a report that vacates nothing yet. Returns its blocks."""
+    for _ in range(PROMPT // 32 - 1):
+        finish(scheduler, scheduler.schedule(), StepReport())
+    plan = scheduler.schedule()
+    owned = scheduler.block_manager.owned_blocks(name)
+    finish(scheduler, plan, StepReport(free_pages={name: 0}, owned={name: owned}))
+    return owned
+
+
+class Counted(list[KVCacheBlock]):
+    """Blocks that count how often somebody walks them."""
+
+    walked = 0
+
+    def __iter__(self) -> Iterator[KVCacheBlock]:
+        self.walked += 1
+        return super().__iter__()
+
+
+def test_report_of_a_request_preempted_since_its_step(model: str) -> None:
+    """Asynchronous scheduling: the report of the step that ended a prompt is read after the
+    request was preempted and has come back with new blocks, which are no longer the report's."""
+    scheduler = start(FastGenAsyncScheduler, model)
+    request = add(scheduler, "a")
+    finish(scheduler, scheduler.schedule(), StepReport())
+    ending = scheduler.schedule()
+    before = scheduler.block_manager.owned_blocks("a")
+    report = StepReport(
+        vacated={"a": before[:2]},
+        free_pages={"a": 3},
+        kept={"a": KEPT},
+        owned={"a": before[2:]},
+    )
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    scheduler.schedule()
+    assert request.num_preemptions == 1
+    again = scheduler.block_manager.owned_blocks("a")
+    finish(scheduler, ending, report)
+    assert scheduler.block_manager.owned_blocks("a") == again
+    assert "a" not in scheduler.block_manager.free_pages, "it is not compressed any more"
+    assert "a" not in scheduler.kept
+
+
+def test_step_with_nothing_to_vacate_walks_no_blocks(scheduler: Scheduler) -> None:
+    scheduler.debug = False
+    add(scheduler, "a")
+    prefill(scheduler, "a")
+    manager = scheduler.block_manager
+    blocks = manager.req_to_blocks["a"] = Counted(manager.req_to_blocks["a"])
+    manager.free_pages["a"] = PAGES
+    for _ in range(3):
+        finish(scheduler, scheduler.schedule(), StepReport(free_pages={"a": PAGES}))
+    assert blocks.walked == 0
+    manager.vacate("a", manager.owned_blocks("a")[:1])
+    assert blocks.walked == 2, "by owned_blocks and vacate, so it does count"
+
+
+def test_only_what_was_given_is_remembered(scheduler: Scheduler) -> None:
+    add(scheduler, "a")
+    owned = prefill(scheduler, "a")
+    manager = scheduler.block_manager
+    assert manager.given_since(0) == {"a": owned}
+    for _ in range(8):
+        plan = scheduler.schedule()
+        now = manager.owned_blocks("a")
+        finish(scheduler, plan, StepReport(free_pages={"a": 0}, owned={"a": now}))
+    (given,) = manager._given
+    assert (given[1], len(given[2])) == ("a", 1), "one more block, at the boundary"
+    assert manager.given_since(given[0]) == {}
+
+
+@pytest.mark.parametrize(("stop", "told"), [(["end"], True), ([], False)])
+def test_output_that_a_stop_string_may_end_tells_what_was_kept(
+    scheduler: Scheduler, stop: list[str], told: bool
+) -> None:
+    add(scheduler, "a", stop=stop, detokenize=True)
+    finish(scheduler, scheduler.schedule(), StepReport())
+    plan = scheduler.schedule()
+    owned = scheduler.block_manager.owned_blocks("a")
+    report = StepReport({"a": owned[:2]}, {"a": 3}, {"a": KEPT}, {"a": owned[2:]})
+    (outputs,) = finish(scheduler, plan, report).values()
+    (output,) = outputs.outputs
+    assert output.finish_reason is None
+    summary = {"kv_kept_ratio": 100 / 384, "vacated_blocks": 2, "policy_heads": {"local": 6}}
+    assert output.kv_transfer_params == ({"fastgen": summary} if told else None)
