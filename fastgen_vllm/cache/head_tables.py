@@ -89,7 +89,7 @@ class HeadTables:
         """No head of the request has more slots. Kept on the host, so that a decode step need not
         wait for a device to learn its shapes."""
         self._parts: dict[str, tuple[int, int, int]] = {}
-        """Of each request: where its part of the page table begins and ends, and the bound up to
+        """Where each request's part of the page table begins and ends, and the bound up to
         which none of its heads leaves its room."""
         self._end = 1
         """Entry 0 is nobody's."""

@@ -219,7 +219,7 @@ def _rungs_by_window(ladder: Ladder, stats: PromptStats) -> dict[int, list[_Rung
 def _recoveries(
     rungs: dict[int, list[_Rungs]], stats: PromptStats, layers: slice
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Of each hybrid, by its index: float32 ``[layers, H, G]``."""
+    """The recoveries of each hybrid, by its index: float32 ``[layers, H, G]``."""
     mass, order = stats.shares(layers), stats.order[layers, :, None].long()
     near, total = torch.zeros_like(mass[..., 0]), mass.sum(-1)
     for bucket, groups in enumerate(rungs[window] for window in sorted(rungs)):

@@ -9,17 +9,17 @@ from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.tensors import LOGITS_BYTES, MOST_AT_ONCE
 
 SLOT_BYTES = 8
-"""Of a slot: its position and its score."""
+"""A slot's position and score."""
 
 ENTRY_BYTES = 4
-"""Of an entry of the page table."""
+"""An entry of the page table."""
 
 KEY_BYTES = 32
-"""Of a prompt's key in a KV head until the prompt is compressed, beside its attention mass: the
+"""What a prompt's key takes in a KV head until the prompt is compressed, beside its mass: the
 norm of its value, its score and rank, whether it is kept, where it goes."""
 
 SCRATCH_BYTES = 128
-"""Of a key that is looked at while a prompt's policies are chosen or its metadata written."""
+"""What a key takes while a prompt's policies are chosen or its metadata is written."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Load:
 
     @property
     def keys(self) -> int:
-        """Of one prompt token."""
+        """Keys that one prompt token has, over all layers and KV heads."""
         return self.num_layers * self.num_kv_heads
 
 

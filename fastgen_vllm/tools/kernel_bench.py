@@ -29,7 +29,7 @@ from fastgen_vllm.tools.models import ModelShape
 
 BLOCK = 16
 WINDOW_RATIOS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3)
-"""Of the adaptive ladder's hybrids; beside its least window they bound the distance buckets."""
+"""Windows of the adaptive ladder's hybrids, which bound the distance buckets with its least one."""
 
 
 class Clock:
@@ -171,7 +171,7 @@ class DecodeState:
 
     @property
     def num_bytes(self) -> int:
-        """Of one layer, on average, what attention must move: K, V and positions of kept slots,
+        """What one layer's attention must move, on average: K, V and positions of kept slots,
         scores read and written."""
         slots = int(self.heads.lengths.sum())
         scored = int((self.heads.lengths * self.heads.rules.keeps_scores).sum())

@@ -183,3 +183,45 @@ def test_warm_up_runs_every_operation_and_leaves_nothing(ladder: str) -> None:
     warm.run()
     assert watched.ran == warmed_up
     warm.check(Trial(reference, one_ladder(ladder)).run(), atol=0.0)
+
+
+def test_a_prompt_reads_what_another_of_its_batch_writes() -> None:
+    """As with a shared prefix whose blocks are hashed when they are scheduled."""
+    config = config_of(recovery=1.0)
+    kv = torch.full((BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE), float("nan"))
+    runtime = Runtime(config, torch.zeros(VOCAB, dtype=torch.uint8), kv, GROUP)
+    for name in ("follower", "owner"):
+        runtime.begin_prefill(name, [1] * 20, RequestOverride())
+    # The follower's first 16 tokens lie in the owner's blocks.
+    step = runtime.start_step(
+        ["follower", "owner"],
+        torch.tensor([0, 4, 24]),
+        torch.tensor([20, 20]),
+        torch.tensor([[1, 2, 4], [1, 2, 3]]),
+        torch.ones(24, dtype=torch.int64),
+    )
+    qkv = torch.stack([MODEL.qkv(1, 0, p) for p in (*range(16, 20), *range(20))])
+    query, key, value = qkv.split([HEADS * GROUP, HEADS, HEADS], dim=1)
+    output = torch.full_like(query, float("nan"))
+    runtime.forward(step, 0, query, key, value, output, 0.4)
+    torch.testing.assert_close(output[:4], output[-4:])
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_only_heads_that_can_grow_hold_pages_back(lag: int) -> None:
+    """Late reports leave out what a head may take meanwhile: a full one near the end of its page,
+    not one that is at its budget."""
+    trial = Trial(cpu, {"a": config_of(method="streaming", kv_budget=0.4)})
+    trial.runtime.report_lag = lag
+    trial.run()
+    tables, computed = trial.runtime.tables, trial.driver.requests["a"].computed
+    row = tables.rows["a"]
+    tables.state.lengths[row] = 2 * BLOCK
+    held = int(tables.state.num_free[row])
+    seen = torch.tensor([computed])
+    # Its window is a share of all tokens: 0.4 of those here is more than two pages.
+    assert int(tables.free_pages(["a"], seen, lag)) == held - (LAYERS * HEADS if lag else 0)
+    tables.state.rules[row].local.fill_(1000)
+    budgets = tables.state.num_sticky[row] + computed // 10 + 1
+    tables.state.lengths[row] = -(-budgets // BLOCK) * BLOCK
+    assert int(tables.free_pages(["a"], seen, lag)) == held, "at its budget a head takes no page"
