@@ -160,13 +160,14 @@ class Runtime:
         # All of them first: a prompt may read blocks that another of the batch writes.
         for chunk in step.chunks:
             self.kernels.write_kv(key[chunk.tokens], value[chunk.tokens], kv, chunk.slots)
+        tokens = slice(None) if step.decode_tokens is None else step.decode_tokens
+        if step.decode is not None:
+            slots = step.decode.slots[:, layer]
+            self.kernels.write_kv(key[tokens], value[tokens], self.pool.kv, slots)
         for chunk in step.chunks:
             self._prefill(chunk, layer, query, value, output, scale)
         if step.decode is None:
             return
-        tokens = slice(None) if step.decode_tokens is None else step.decode_tokens
-        slots = step.decode.slots[:, layer]
-        self.kernels.write_kv(key[tokens], value[tokens], self.pool.kv, slots)
         attended = output
         if step.decode_tokens is not None:
             attended = torch.empty_like(query[: len(step.decode_ids)])

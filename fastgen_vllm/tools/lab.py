@@ -2,7 +2,7 @@
 
 A prompt is encoded once. Each policy under comparison then gets its own copy of the prompt's pages,
 is compacted, and decodes in one batch beside the others, through the same ``Runtime`` and kernels
-that vLLM's worker drives (``tests/test_eval.py`` holds the two against each other).
+that vLLM's worker drives (``tests/tools/test_eval.py`` holds the two against each other).
 """
 
 from __future__ import annotations

@@ -190,10 +190,10 @@ def _batch(rows: torch.Tensor, max_pages: int) -> DecodeBatch:
 
 RULES = [
     # sticky kinds, frequent, local, least window, keeps scores, averages
-    (0b01, 0, 0, 1, False, False),
-    (0b11, 500, 0, 12, True, True),
-    (0b01, 300, 300, 1, True, False),
-    (0b10, 0, 700, 20, False, True),
+    (0b0000_0001, 0, 0, 1, False, False),
+    (0b0000_0011, 500, 0, 12, True, True),
+    (0b1000_0000, 300, 300, 1, True, False),
+    (0b0000_0110, 0, 700, 20, False, True),
     (0b00, 0, 0, UNBOUNDED, False, False),
 ]
 """Some that evict always, some by score, and one that never does."""
@@ -277,7 +277,7 @@ def plan_decode(kernels: Kernels, block_size: int, seed: int = 0) -> None:
     rows = torch.tensor([3, 0, 4])
     for step in range(2 * block_size):
         t = torch.tensor([201, 230, 222]) + step
-        classes = (torch.rand(3) < 0.3).to(torch.uint8) + 2 * (torch.rand(3) < 0.3).to(torch.uint8)
+        classes = torch.where(torch.rand(3) < 0.3, torch.randint(0, 256, (3,)), 0).to(torch.uint8)
         before, slots = ours.heads.lengths.clone(), []
         for tables, ops in ((ours, kernels), (wanted, reference)):
             batch = DecodeBatch(rows, t, classes, torch.full((3, 2, 2), -7), 6)

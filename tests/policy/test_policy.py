@@ -1,15 +1,13 @@
 """Column sums give the recoveries that explicit masks give, and the choices that follow."""
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from helpers.pretend_device import DEVICE, pretend_device
+from helpers.prompts import PAGE, Prompt
 
-from fastgen_vllm.config import FastGenConfig
-from fastgen_vllm.kernels import PromptKeys, reference
 from fastgen_vllm.policy.choice import (
     Choice,
     Goal,
@@ -26,107 +24,7 @@ from fastgen_vllm.policy.hybrids import (
     hybrids_of,
 )
 from fastgen_vllm.policy.methods import METHODS
-from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile
 from fastgen_vllm.tensors import ceil_ratio
-
-LADDER = [
-    {"special": True},
-    {"punctuation": True, "local": 0.1},
-    {"special": True, "frequent": 0.2},
-    {"special": True, "frequent": 0.25, "local": 0.3},
-]
-PAGE = 4
-
-
-@dataclass
-class Prompt:
-    """A random prompt of one layer and two heads, profiled in chunks; ``probs [H, G, n, n]``."""
-
-    profile: PromptProfile
-    probs: torch.Tensor
-    value: torch.Tensor
-
-    @classmethod
-    def random(
-        cls, n: int, group: int, goal: Goal, chunk: int, peaked: float = 2.0, **settings: Any
-    ) -> "Prompt":
-        torch.manual_seed(n)
-        config = FastGenConfig.from_dict({"ladder": LADDER, "min_prompt_tokens": 1, **settings})
-        query = torch.randn(n, 2, group, 16) * peaked
-        key, value = torch.randn(n, 2, 16), torch.randn(n, 2, 16)
-        classes = (torch.rand(n) < 0.1).to(torch.uint8) + 2 * (torch.rand(n) < 0.1).to(torch.uint8)
-        ladder, heads = config.ladder_on(), ModelHeads(1, 2, group)
-        profile = PromptProfile(config, ladder, heads, classes, PAGE, goal)
-        page_table = torch.arange(2)[:, None]
-        pages = torch.cat([key, value], dim=-1).transpose(0, 1)
-        for start in range(0, n, chunk):
-            end = min(start + chunk, n)
-            part = query[start:end]
-            output = torch.empty_like(part)
-            keys = PromptKeys(pages, page_table, end)
-            lse = reference.prefill_attention(part, keys, 0.5, output)
-            chunk_of_layer = PromptChunk(part, value[start:end], keys, lse, 0.5)
-            profile.add_chunk(reference, 0, chunk_of_layer)
-        scores = torch.einsum("qhgd,khd->hgqk", query, key) * 0.5
-        causal = torch.ones(n, n).tril().bool()
-        return cls(profile, scores.masked_fill(~causal, float("-inf")).softmax(-1), value)
-
-    def weights(self) -> list[float]:
-        how = self.profile.config.profiling
-        n = self.profile.num_tokens
-        by_distance = {
-            "uniform": lambda d: 1.0,
-            "recent": lambda d: min(1.0, how.window / d),
-            "last": lambda d: float(d <= how.window),
-        }[how.weighting]
-        weights = [by_distance(n - q) for q in range(n)]
-        if how.weighting == "recent":
-            for q in range(n):  # far queries are counted by the next one that is looked at
-                step = stride(n - 1 - q)
-                if (n - 1 - q) % step:
-                    weights[q + (n - 1 - q) % step] += weights[q]
-                    weights[q] = 0.0
-        return weights
-
-    def scores(self, head: int) -> list[float]:
-        n, half = self.profile.num_tokens, self.profile.config.profiling.pooling // 2
-        weights = torch.tensor(self.weights())
-        column = (self.probs[head] * weights[:, None]).sum((0, 1)).tolist()
-        if self.profile.config.frequent_score == "mean":
-            column = [c / (n - k) for k, c in enumerate(column)]
-        return [max(column[max(0, k - half) : k + half + 1]) for k in range(n)]
-
-    def rung(self, hybrid: Hybrid, head: int) -> tuple[set[int], float]:
-        """Kept keys and recovery, by an explicit mask."""
-        n = self.profile.num_tokens
-        if hybrid.full:
-            return set(range(n)), 1.0
-        least = self.profile.config.profiling.least_window
-        window = max(least, math.ceil(round(hybrid.local * n, 6)))
-        sticky = (self.profile.token_classes & hybrid.sticky_kinds) != 0
-        recent = torch.arange(n) >= n - window
-        score = self.scores(head)
-        rest = [p for p in range(n) if not sticky[p] and not recent[p]]
-        rest.sort(key=lambda p: (-score[p], p))
-        visible = sticky.clone()
-        visible[rest[: math.ceil(round(hybrid.frequent * n, 6))]] = True
-        distance = torch.arange(n)[:, None] - torch.arange(n)
-        weighed = self.probs[head] * torch.tensor(self.weights())[:, None]
-        if self.profile.config.profiling.value_weighting:
-            weighed = weighed * self.value[:, head].norm(dim=-1)
-        if self.profile.config.group_reduction == "mean":
-            weighed = weighed.sum(0, keepdim=True)
-        seen = weighed.masked_fill(~(visible | (distance < window)), 0.0)
-        reduced = (seen.sum((1, 2)) / weighed.sum((1, 2))).min()
-        return set((visible | recent).nonzero().flatten().tolist()), float(reduced)
-
-
-def stride(distance: int) -> int:
-    """Every how manieth query so far from the last one is looked at."""
-    step = 1
-    while distance >= 128 * step:
-        step *= 2
-    return step
 
 
 def pages(kept: set[int]) -> int:
@@ -248,22 +146,6 @@ def test_choices_on_a_device(method: str) -> None:
         for ours, theirs in zip(found.rules.tensors(), wanted.rules.tensors(), strict=True):
             assert torch.equal(ours.cpu(), theirs)
         assert torch.equal(found.kept.cpu(), wanted.kept)
-
-
-@pytest.mark.parametrize("sampling", [1, 3])
-@pytest.mark.parametrize("weighting", ["uniform", "recent", "last"])
-def test_chunking_changes_nothing(sampling: int, weighting: str) -> None:
-    how: dict[str, Any] = {
-        "query_sampling": sampling,
-        "query_weighting": weighting,
-        "observation_window": 10,
-    }
-    goal = Goal(0.6, None)
-    whole = Prompt.random(90, 3, goal, 90, **how).profile
-    for chunk in (1, 7, 32):
-        parts = Prompt.random(90, 3, goal, chunk, **how).profile
-        torch.testing.assert_close(parts.mass, whole.mass, rtol=1e-4, atol=1e-5)
-        assert hybrids_of(parts.finish().rules) == hybrids_of(whole.finish().rules)
 
 
 def test_ties_go_to_the_lower_position() -> None:

@@ -1,0 +1,48 @@
+"""The prefill hook: what is gathered does not depend on how a prompt is cut into chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.prompts import Prompt
+
+from fastgen_vllm.policy.choice import Goal
+from fastgen_vllm.policy.hybrids import hybrids_of
+from fastgen_vllm.profiler.queries import THINNED_FROM, query_runs
+
+
+@pytest.mark.parametrize("sampling", [1, 3])
+@pytest.mark.parametrize("weighting", ["uniform", "recent", "last"])
+def test_chunking_changes_nothing(sampling: int, weighting: str) -> None:
+    how: dict[str, Any] = {
+        "query_sampling": sampling,
+        "query_weighting": weighting,
+        "observation_window": 10,
+    }
+    goal = Goal(0.6, None)
+    whole = Prompt.random(90, 3, goal, 90, **how).profile
+    for chunk in (1, 7, 32):
+        parts = Prompt.random(90, 3, goal, chunk, **how).profile
+        torch.testing.assert_close(parts.mass, whole.mass, rtol=1e-4, atol=1e-5)
+        assert hybrids_of(parts.finish().rules) == hybrids_of(whole.finish().rules)
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("weighting", ["uniform", "recent", "last"])
+def test_every_query_counts_once(weighting: Any, n: int) -> None:
+    """Those that are looked at stand for the others, so that the weights' sum is the same."""
+    runs, weights = query_runs(weighting, 20, 1, n)
+    looked_at = [q for run in runs for q in range(run.first, run.end, run.step)]
+    assert len(set(looked_at)) == len(looked_at)
+    assert sorted(looked_at) == weights.nonzero().flatten().tolist()
+    by_distance = {
+        "uniform": lambda d: 1.0,
+        "recent": lambda d: min(1.0, 20 / d),
+        "last": lambda d: float(d <= 20),
+    }[weighting]
+    assert float(weights.sum()) == pytest.approx(sum(by_distance(n - q) for q in range(n)))
+    if weighting != "last":
+        near = range(max(0, n - THINNED_FROM), n)
+        assert set(near) <= set(looked_at), "every near query is looked at"
