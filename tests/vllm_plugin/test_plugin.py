@@ -23,7 +23,7 @@ from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.vllm_plugin import overrides, register
 from fastgen_vllm.vllm_plugin.block_manager import FastGenSpec
 from fastgen_vllm.vllm_plugin.names import SCHEDULER, V2_RUNNER, WORKERS
-from fastgen_vllm.vllm_plugin.worker import FastGenWorkerMixin
+from fastgen_vllm.vllm_plugin.worker import FastGenWorkerMixin, _check_alike
 
 
 def config_of(model: str, **options: Any) -> Any:
@@ -204,6 +204,13 @@ def test_layers_that_differ_are_refused(field: str) -> None:
 
     with pytest.raises(FastGenConfigError, match=f"caches vary: .*{field}={other[field]}"):
         Worker().determine_available_memory()
+
+
+def test_query_heads_that_differ_are_refused() -> None:
+    """Some models vary them alone: their caches look alike."""
+    _check_alike("query heads", [8, 8, 8])
+    with pytest.raises(FastGenConfigError, match=r"query heads vary: 8 and 4; choose another"):
+        _check_alike("query heads", [8, 8, 4])
 
 
 @pytest.mark.parametrize(
