@@ -27,7 +27,7 @@ def json_object(option: str, text: str) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     """A UTF-8 text file that says something."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at position "

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fastgen_vllm.tools.child import ChildError
 from fastgen_vllm.tools.cli import app
+from fastgen_vllm.tools.inputs import read_text
 
 
 def fastgen(*arguments: str | Path) -> Any:
@@ -104,6 +105,11 @@ def test_what_a_user_gets_wrong(
     assert message in result.output
     errors = [line for line in result.output.splitlines() if line.strip()]
     assert len(errors) == 1 or "Usage:" in errors[0], "typer's own errors show the usage"
+
+
+def test_line_ends_of_other_systems_are_read(tmp_path: Path) -> None:
+    (tmp_path / "windows.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    assert read_text(tmp_path / "windows.txt") == "one\ntwo\nthree\n"
 
 
 def test_a_failed_engine_is_no_traceback(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
