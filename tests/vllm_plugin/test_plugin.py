@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
@@ -58,7 +58,8 @@ def test_v1_runner_is_this_engines_only(model: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     assert V2_RUNNER not in os.environ
     assert (ours.use_v2_model_runner, stock.use_v2_model_runner) == (False, True)
-    monkeypatch.setenv(V2_RUNNER, "1")
+    # Not in the environment: vLLM does not read it again once there was an engine.
+    monkeypatch.setitem(vars(envs), V2_RUNNER, True)
     with pytest.raises(ValueError, match=f"V2 model runner; leave {V2_RUNNER} out"):
         config_of(model)
 
