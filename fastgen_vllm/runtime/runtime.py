@@ -156,26 +156,25 @@ class Runtime:
         """
         shape = (self.pool.num_kv_heads, self.heads.group_size)
         query, output = query.unflatten(1, shape), output.unflatten(1, shape)
-        kv = self.pool.of_layer(layer)
-        # All of them first: a prompt may read blocks that another of the batch writes.
+        own = step.decode_tokens
+        decoding = (query, key, value) if own is None else (query[own], key[own], value[own])
+        # All K and V first: a prompt may read blocks that another of the batch writes.
         for chunk in step.chunks:
-            self.kernels.write_kv(key[chunk.tokens], value[chunk.tokens], kv, chunk.slots)
-        tokens = slice(None) if step.decode_tokens is None else step.decode_tokens
+            pages, tokens = self.pool.of_layer(layer), chunk.tokens
+            self.kernels.write_kv(key[tokens], value[tokens], pages, chunk.slots)
         if step.decode is not None:
             slots = step.decode.slots[:, layer]
-            self.kernels.write_kv(key[tokens], value[tokens], self.pool.kv, slots)
+            self.kernels.write_kv(decoding[1], decoding[2], self.pool.kv, slots)
         for chunk in step.chunks:
             self._prefill(chunk, layer, query, value, output, scale)
         if step.decode is None:
             return
-        attended = output
-        if step.decode_tokens is not None:
-            attended = torch.empty_like(query[: len(step.decode_ids)])
+        attended = output if own is None else torch.empty_like(decoding[0])
         self.kernels.decode_attention(
-            query[tokens], self.pool, self.tables.state, step.decode, layer, scale, attended
+            decoding[0], self.pool, self.tables.state, step.decode, layer, scale, attended
         )
-        if step.decode_tokens is not None:
-            output[tokens] = attended
+        if own is not None:
+            output[own] = attended
 
     def _prefill(
         self,

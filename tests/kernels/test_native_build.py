@@ -71,5 +71,23 @@ def test_preparing_the_cache_takes_no_memory() -> None:
     assert resident_bytes() - before < 1 << 26
 
 
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not THP.exists() or "[never]" in THP.read_text(), reason="this system has no huge pages"
+)
+def test_what_is_filled_is_put_into_huge_pages() -> None:
+    kv = torch.zeros(1 << 28, dtype=torch.uint8)
+    before = huge_bytes()
+    cpu.prepare(kv)
+    assert huge_bytes() - before > kv.nbytes // 2 or before > kv.nbytes // 2
+
+
+def huge_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages"))
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
