@@ -50,7 +50,7 @@ def _load() -> str:
     return f"this CPU has none of {', '.join([wanted] if wanted else INSTRUCTION_SETS)}"
 
 
-def problem(head_size: int, dtype: torch.dtype) -> str:
+def problem(head_size: int, dtype: torch.dtype, group_size: int = 1) -> str:
     """Why these kernels cannot serve such a cache, or an empty string."""
     if head_size % 16 or head_size > 256:
         return f"head size {head_size} is not a multiple of 16 up to 256"

@@ -49,12 +49,14 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(_built()))
 
 
-def problem(head_size: int, dtype: torch.dtype) -> str:
+def problem(head_size: int, dtype: torch.dtype, group_size: int = 1) -> str:
     """Why these kernels cannot serve such a cache, or an empty string."""
     if head_size not in HEAD_SIZES:
         return f"head size {head_size} is none of {HEAD_SIZES}"
     if dtype not in DTYPES:
         return f"the cache's dtype is {dtype}, not float16 or bfloat16"
+    if group_size > MAX_GROUP:
+        return f"{group_size} query heads share a KV head, and it takes up to {MAX_GROUP}"
     if _built() is None:
         return (
             "the CUDA kernels were not built (reinstall where nvcc and a CUDA build of torch are, "
@@ -65,8 +67,6 @@ def problem(head_size: int, dtype: torch.dtype) -> str:
 
 def _attend(p: FirstPass) -> None:
     n, heads, group, head_size = p.query.shape
-    if group > MAX_GROUP:
-        raise ValueError(f"groups of {group} query heads; the CUDA kernel has up to {MAX_GROUP}")
     # 16-byte loads.
     assert all(stride % 8 == 0 for stride in p.query.stride()[:3])
     tensors = (

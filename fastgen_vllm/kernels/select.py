@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from fastgen_vllm.config import KernelChoice
 
 
-def select(choice: KernelChoice, device_type: str, head_size: int, dtype: torch.dtype) -> Selected:
-    """The implementation for a cache of this device, head size and dtype.
+def select(
+    choice: KernelChoice,
+    device_type: str,
+    head_size: int,
+    dtype: torch.dtype,
+    group_size: int = 1,
+) -> Selected:
+    """The implementation for a cache of this device, head size and dtype, and its query heads.
 
     Args:
         choice: ``auto``, ``native``, ``cuda`` (decode attention in CUDA C++, the rest in Triton),
             or ``reference``.
+        group_size: query heads per KV head.
 
     Raises:
         FastGenConfigError: ``native`` or ``cuda`` was asked for and cannot serve this cache.
@@ -31,7 +38,7 @@ def select(choice: KernelChoice, device_type: str, head_size: int, dtype: torch.
     if kernels is None:
         problem = f"there are none for {device_type}"
     else:
-        problem = kernels.problem(head_size, dtype)
+        problem = kernels.problem(head_size, dtype, group_size)
         if not problem:
             return Selected(kernels, "")
     if choice != "auto":

@@ -249,7 +249,7 @@ def kept_keys(ladder: Ladder, stats: PromptStats, policy: torch.Tensor) -> Choic
     n, device, rules = stats.num_tokens, policy.device, ladder.rules[policy]
     widths = to_device(torch.tensor(ladder.widths(n)), device)[policy]
     full = ladder.is_full[policy]
-    counts = ceil_ratio(rules.frequent, torch.tensor(n))
+    counts = ceil_ratio(rules.frequent.long(), torch.tensor(n))  # 32 bits would overflow
     position = torch.arange(n, device=device)
     kept = torch.empty_like(stats.scores, dtype=torch.bool)
     sticky = torch.empty_like(kept)

@@ -157,6 +157,4 @@ def _hybrid_of(sticky_kinds: int, frequent: int, local: int, least_window: int) 
     if least_window == UNBOUNDED:
         return FULL
     classes = {name: bool(sticky_kinds & bit) for name, bit in CLASS_BITS.items()}
-    if not (sticky_kinds or frequent or local):
-        local = 1  # nothing but the least window
     return Hybrid(**classes, frequent=frequent / RATIO_UNIT, local=local / RATIO_UNIT)

@@ -40,8 +40,9 @@ def token_classes(
     Raises:
         FastGenConfigError: an entry of ``extra_special_tokens`` is not one token.
     """
-    size = max(vocab_size, len(tokenizer))
     special = _special_ids(tokenizer, extra_special_tokens)
+    # A vocabulary may have holes, so that ids go beyond its length.
+    size = max(vocab_size, len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
     classes = torch.zeros(size, dtype=torch.uint8)
     texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
     for name, belongs in TEXT_CLASSES.items():

@@ -18,8 +18,9 @@ KEY_BYTES = 32
 """What a prompt's key takes in a KV head until the prompt is compressed, beside its mass: the
 norm of its value, its score and rank, whether it is kept, where it goes."""
 
-SCRATCH_BYTES = 128
-"""What a key takes while a prompt's policies are chosen or its metadata is written."""
+SCRATCH_BYTES = 80
+"""What a key takes while a prompt's policies are chosen or its metadata is written, beside a copy
+of its mass."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ def for_prompts(config: FastGenConfig, load: Load) -> int:
     groups = load.group_size if config.group_reduction == "min" else 1
     mass = 4 * groups * (len(ladder.windows(load.longest)) + 1)
     tokens = load.partial * load.longest + load.tokens_per_step
-    one_layer = load.num_kv_heads * load.longest * groups
+    one_layer = load.num_kv_heads * load.longest
     together = min(max(MOST_AT_ONCE, one_layer), one_layer * load.num_layers)
-    return load.keys * tokens * (mass + KEY_BYTES) + together * SCRATCH_BYTES
+    scratch = together * (mass + groups * SCRATCH_BYTES)
+    return load.keys * tokens * (mass + KEY_BYTES) + scratch
 
 
 def for_attention(load: Load) -> int:
     """Bytes of one layer's attention: a prompt's K and V in order, logits of decoding requests."""
     heads = load.num_kv_heads * load.group_size
-    logits = min(LOGITS_BYTES, 4 * heads * load.longest * load.max_requests)
+    of_one = 4 * heads * load.longest
+    logits = max(of_one, min(LOGITS_BYTES, of_one * load.max_requests))
     return load.num_kv_heads * load.longest * load.slot_bytes + logits

@@ -10,7 +10,7 @@ import torch
 from fastgen_vllm.cache import Compacted, HeadTables, PagePool, compact
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import Kernels, PromptKeys, select
-from fastgen_vllm.policy.choice import Choice
+from fastgen_vllm.policy.choice import Choice, Goal
 from fastgen_vllm.policy.hybrids import hybrids_of
 from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile
 from fastgen_vllm.runtime.report import Kept, PendingReport, StepReport
@@ -51,7 +51,8 @@ class Runtime:
         self.heads = ModelHeads(self.pool.num_layers, self.pool.num_kv_heads, group_size)
         self.tables = HeadTables(self.pool, max_requests)
         self.ladder = config.ladder_on(kv.device)
-        selected = select(config.kernels, kv.device.type, kv.shape[-1] // 2, kv.dtype)
+        size = kv.shape[-1] // 2
+        selected = select(config.kernels, kv.device.type, size, kv.dtype, group_size)
         self.kernels, self.why_not_faster = selected
         self.kernels.prepare(kv)
         self.prefills: dict[str, Prefill] = {}
@@ -61,14 +62,18 @@ class Runtime:
     ) -> None:
         """A request starts, or starts again after a preemption with its output as prompt."""
         self.release(request_id)
-        goal, n, profile = self.config.goal_of(override), len(token_ids), None
+        goal, n = self.config.goal_of(override), len(token_ids)
         compresses = override.fastgen_compress and not goal.keeps_everything
-        if compresses and n >= self.config.min_prompt_tokens:
-            on_host = torch.tensor(token_ids, dtype=torch.int64)
-            classes = self.token_classes[to_device(on_host, self.token_classes.device)]
-            block_size = self.pool.block_size
-            profile = PromptProfile(self.config, self.ladder, self.heads, classes, block_size, goal)
+        long_enough = n >= self.config.min_prompt_tokens
+        profile = self.new_profile(token_ids, goal) if compresses and long_enough else None
         self.prefills[request_id] = Prefill(n, profile)
+
+    def new_profile(self, token_ids: Sequence[int], goal: Goal) -> PromptProfile:
+        """The profile of a prompt that begins."""
+        on_host = torch.tensor(token_ids, dtype=torch.int64)
+        classes = self.token_classes[to_device(on_host, self.token_classes.device)]
+        block_size = self.pool.block_size
+        return PromptProfile(self.config, self.ladder, self.heads, classes, block_size, goal)
 
     def release(self, request_id: str) -> None:
         """The request finished, was aborted or was preempted: its blocks are not its own now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastgen_vllm.config import RequestOverride
+from fastgen_vllm.policy.choice import Goal
 from fastgen_vllm.runtime.driver import Driver
 from fastgen_vllm.runtime.runtime import Runtime
 
@@ -12,14 +13,15 @@ from fastgen_vllm.runtime.runtime import Runtime
 def warm_up(runtime: Runtime) -> None:
     """Run a made-up request, so that no user's request waits for kernels to be compiled.
 
-    Nobody may own a block yet: it uses some, and leaves nothing but K and V there.
+    Nobody may own a block yet: it uses some, and leaves nothing but K and V there. It is short, and
+    compressed however short it is.
     """
-    config, pool, name = runtime.config, runtime.pool, "warm-up"
-    room = (pool.num_blocks - 2) * pool.block_size
-    n = min(2 * max(config.min_prompt_tokens, 4 * pool.block_size), room)
-    budget = 0.5 if config.method == "fastgen" else None
+    pool, name = runtime.pool, "warm-up"
+    tokens = [0] * (8 * pool.block_size)
     driver = Driver(runtime)
-    driver.begin(name, [0] * n, RequestOverride(fastgen_kv_budget=budget))
+    driver.begin(name, tokens, RequestOverride())
+    runtime.prefills[name].profile = runtime.new_profile(tokens, Goal(None, 0.5))
+    n = len(tokens)
     for num_tokens in (n, 1):
         step = driver.start_step({name: num_tokens})
         shape = (num_tokens, pool.num_kv_heads, pool.kv.shape[-1] // 2)

@@ -238,8 +238,8 @@ table {{ border-collapse: collapse; font-size: 12px }}
 td, th {{ border: 1px solid #ccc; padding: 3px 8px }}
 </style>
 <h1>What each head keeps</h1>
-<p>{title}. Each attention head keeps the cheapest set of tokens that holds
-enough of its attention; the rest of its KV cache is given back.</p>
+<p>{title}. Each attention head keeps the tokens that it looks at, as far as the
+budget or the threshold asks for them; the rest of its KV cache is given back.</p>
 <img alt="policies by layer and head" src="data:image/png;base64,{image}">
 <h2>The prompt</h2>
 <p>The darker a token, the more heads keep it; point at one for the share.</p>

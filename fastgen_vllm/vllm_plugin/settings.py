@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 from vllm import envs
@@ -52,6 +53,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, **
     nested = attention.get("backend") if isinstance(attention, dict) else attention.backend
     ours = is_fastgen(args.attention_backend) or is_fastgen(nested)
     if ours and args.enable_prefix_caching is None:
+        args = copy(args)  # the caller may make another engine of it
         args.enable_prefix_caching = False
         logger.info("FASTGEN: prefix caching is off, it cannot share compressed blocks yet")
     return original(args, *rest, **kwargs)

@@ -8,6 +8,7 @@ import torch
 from helpers.pretend_device import DEVICE, pretend_device
 from helpers.prompts import PAGE, Prompt
 
+from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.policy.choice import (
     Choice,
     Goal,
@@ -145,7 +146,8 @@ def test_choices_on_a_device(method: str) -> None:
         found = METHODS[method].choose(ladder, PromptStats(**there), profile.goal)
         for ours, theirs in zip(found.rules.tensors(), wanted.rules.tensors(), strict=True):
             assert torch.equal(ours.cpu(), theirs)
-        assert torch.equal(found.kept.cpu(), wanted.kept)
+        for name in ("kept", "sticky", "scores"):
+            assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
 
 
 def test_ties_go_to_the_lower_position() -> None:
@@ -154,6 +156,18 @@ def test_ties_go_to_the_lower_position() -> None:
     stats.scores[:] = torch.tensor([1.0, 9, 2, 2, 1, 2, 0, 0, 0, 50])
     kept = kept_keys(prompt.profile.ladder, stats, torch.zeros(1, 2, dtype=torch.int64)).kept
     assert keys(kept[0, 0]) == {1, 2, 3, 9}
+
+
+def test_a_very_long_prompt_keeps_its_share() -> None:
+    """Ratios times tokens are more than 32 bits hold."""
+    n = 400_000
+    ladder = Ladder.from_hybrids([Hybrid(frequent=0.6), Hybrid(full=True)], 1)
+    scores = torch.rand(1, 1, n)
+    profiling = FastGenConfig().profiling
+    none = torch.zeros(n, dtype=torch.uint8)
+    stats = PromptStats(scores[:, :, None, :, None], scores, scores, scores, none, 16, profiling)
+    kept = kept_keys(ladder, stats, torch.zeros(1, 1, dtype=torch.int64)).kept
+    assert int(kept.sum()) == 240_000 + 1
 
 
 def test_heads_numbers_say_their_policy() -> None:

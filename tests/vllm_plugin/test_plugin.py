@@ -51,6 +51,14 @@ def test_stock_is_untouched(model: str) -> None:
     assert config.cache_config.block_size == 128
 
 
+def test_arguments_serve_another_engine(model: str) -> None:
+    load_general_plugins()
+    args = EngineArgs(model=model, max_model_len=512, attention_backend="fastgen")
+    assert args.create_engine_config().cache_config.enable_prefix_caching is False
+    args.attention_backend = None
+    assert args.create_engine_config().cache_config.enable_prefix_caching is True
+
+
 def test_v1_runner_is_this_engines_only(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(V2_RUNNER, raising=False)
     ours, stock = config_of(model), config_of(model, attention_backend=None)

@@ -32,7 +32,7 @@ NAME = "Triton"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def problem(head_size: int, dtype: torch.dtype) -> str:
+def problem(head_size: int, dtype: torch.dtype, group_size: int = 1) -> str:
     """Why these kernels cannot serve such a cache, or an empty string."""
     if head_size % 8 or head_size > 256:
         return f"head size {head_size} is not a multiple of 8 up to 256"
