@@ -3,17 +3,8 @@
 
 struct MassTask {
   const AttentionMass* a;
-  int64_t num_tiles, padded_rows;
-  float* rows;  // packed queries: [head][padded_rows][lanes]
+  PackedQueries queries;
 };
-
-template <class Lane, class T>
-static void pack_queries_task(void* context, int64_t head) {
-  const MassTask& task = *(const MassTask*)context;
-  int64_t lanes = task.a->head_size / Lane::kPer;
-  pack_rows<Lane, T>(*task.a, head, 0, task.a->num_queries,
-                     task.rows + head * task.padded_rows * lanes);
-}
 
 // Adds one row's probabilities to sums[bucket][kTile]. Keys start at distance `far` and come one
 // nearer each; `far_bucket` is that distance's.
@@ -44,7 +35,7 @@ static void mass_task(void* context, int64_t i) {
   pack_keys<Lane, T>(a, head, tile, keys);
   fill(sums, sums + a.mass_groups * buckets * kTile, 0.0f);
 
-  const float* rows = task.rows + head * task.padded_rows * lanes;
+  const float* rows = task.queries.rows + head * task.queries.padded_rows * lanes;
   float scale = a.scale * kLog2e;
   int64_t num_rows = a.num_queries * G, bucket = 0, r = 0;
   if (first_key > a.first_position)  // queries before the tile see none of it
@@ -88,11 +79,9 @@ static void mass_task(void* context, int64_t i) {
 template <class T>
 static void attention_mass_of(const AttentionMass& a) {
   typedef typename LaneOf<T>::type Lane;
-  MassTask task{&a, (a.num_keys + kTile - 1) / kTile, 0, 0};
-  task.padded_rows = (a.num_queries * a.group + kRows - 1) / kRows * kRows;
-  task.rows = scratch(Scratch::packed_queries, a.num_heads * task.padded_rows * a.head_size / Lane::kPer);
-  a.parallel(a.num_heads, pack_queries_task<Lane, T>, &task);
-  a.parallel(a.num_heads * task.num_tiles, mass_task<Lane, T>, &task);
+  MassTask task{&a, pack_queries<Lane, T>(a)};
+  int64_t num_tiles = (a.num_keys + kTile - 1) / kTile;
+  a.parallel(a.num_heads * num_tiles, mass_task<Lane, T>, &task);
 }
 
 static void attention_mass(const AttentionMass& a) {

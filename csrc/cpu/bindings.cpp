@@ -75,6 +75,11 @@ void check_pages(const Tensor& pages, const Tensor& query) {
   TORCH_CHECK(D % 16 == 0 && D <= 256, "fastgen: head size ", D, " is not a multiple of 16 up to 256");
 }
 
+void check_lse(const Tensor& lse, const Tensor& query) {
+  TORCH_CHECK(lse.size(0) == query.size(0) && lse.stride(1) == query.size(2) && lse.stride(2) == 1,
+              "fastgen: lse must be [queries, H, G], contiguous per query");
+}
+
 Prefill prefill_arguments(const Tensor& query, const Tensor& pages, const Tensor& page_table,
                           int64_t num_keys, double scale) {
   check_tokens(query, pages, "query");
@@ -117,8 +122,7 @@ void attention_mass(const Tensor& query, const Tensor& pages, const Tensor& page
                     int64_t position_step, const Tensor& bounds, double scale, const Tensor& mass) {
   AttentionMass a{prefill_arguments(query, pages, page_table, num_keys, scale)};
   int64_t buckets = bounds.size(0) + 1;
-  TORCH_CHECK(lse.size(0) == query.size(0) && lse.stride(1) == query.size(2) && lse.stride(2) == 1,
-              "fastgen: lse must be [queries, H, G], contiguous per query");
+  check_lse(lse, query);
   TORCH_CHECK(mass.dim() == 4 && mass.size(0) == query.size(1) && mass.size(2) >= num_keys &&
                   mass.size(3) == buckets && mass.stride(3) == 1 && mass.stride(2) == buckets &&
                   (mass.size(1) == 1 || mass.size(1) == query.size(2)),
@@ -134,6 +138,23 @@ void attention_mass(const Tensor& query, const Tensor& pages, const Tensor& page
   a.mass_head_stride = mass.stride(0);
   a.mass_group_stride = mass.stride(1);
   kernels().attention_mass(a);
+}
+
+void attention_peaks(const Tensor& query, const Tensor& pages, const Tensor& page_table,
+                     int64_t num_keys, const Tensor& lse, int64_t first_position,
+                     int64_t position_step, double scale, const Tensor& peaks) {
+  AttentionPeaks a{prefill_arguments(query, pages, page_table, num_keys, scale)};
+  check_lse(lse, query);
+  TORCH_CHECK(peaks.dim() == 2 && peaks.size(0) == query.size(1) && peaks.size(1) >= num_keys &&
+                  peaks.stride(1) == 1,
+              "fastgen: peaks must be [H, keys]");
+  a.first_position = first_position;
+  a.position_step = position_step;
+  a.lse = lse.data_ptr<float>();
+  a.lse_stride = lse.stride(0);
+  a.peaks = peaks.data_ptr<float>();
+  a.peaks_stride = peaks.stride(0);
+  kernels().attention_peaks(a);
 }
 
 void decode_attention(const Tensor& query, const Tensor& pages, const Tensor& positions,
@@ -265,6 +286,10 @@ TORCH_LIBRARY(fastgen, m) {
       "attention_mass(Tensor query, Tensor pages, Tensor page_table, int num_keys, Tensor lse, "
       "int first_position, int position_step, Tensor bounds, float scale, Tensor(a!) mass) -> ()",
       attention_mass);
+  m.def(
+      "attention_peaks(Tensor query, Tensor pages, Tensor page_table, int num_keys, Tensor lse, "
+      "int first_position, int position_step, float scale, Tensor(a!) peaks) -> ()",
+      attention_peaks);
   m.def(
       "decode_attention(Tensor query, Tensor pages, Tensor positions, Tensor rows, "
       "Tensor page_table, Tensor table_start, Tensor lengths, Tensor keeps_scores, "

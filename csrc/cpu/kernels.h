@@ -40,6 +40,15 @@ struct AttentionMass : Prefill {
   int64_t mass_groups, mass_head_stride, mass_group_stride;
 };
 
+struct AttentionPeaks : Prefill {
+  // Query i has position first_position + i * position_step.
+  int64_t first_position, position_step;
+  const float* lse;  // [num_queries, num_heads * group]
+  int64_t lse_stride;
+  float* peaks;  // [num_heads, *]
+  int64_t peaks_stride;
+};
+
 struct DecodeAttention {
   DType dtype;
   int64_t num_requests, num_heads, group, head_size, block_size;
@@ -100,6 +109,7 @@ float* scratch(Scratch use, int64_t n);
 struct Kernels {
   void (*prefill_attention)(const PrefillAttention&);
   void (*attention_mass)(const AttentionMass&);
+  void (*attention_peaks)(const AttentionPeaks&);
   void (*decode_attention)(const DecodeAttention&);
   // Returns the last request that is short of pages, or -1.
   int64_t (*plan_decode)(const PlanDecode&);

@@ -111,3 +111,27 @@ static int64_t pack_rows(const Prefill& a, int64_t head, int64_t first, int64_t 
   __builtin_memset(to + rows * lanes, 0, (padded - rows) * lanes * sizeof(float));
   return padded;
 }
+
+// All queries of a prefill, packed: [head][padded_rows][lanes].
+struct PackedQueries {
+  const Prefill* a;
+  int64_t padded_rows;
+  float* rows;
+};
+
+template <class Lane, class T>
+static void pack_queries_of_head(void* context, int64_t head) {
+  const PackedQueries& packed = *(const PackedQueries*)context;
+  int64_t lanes = packed.a->head_size / Lane::kPer;
+  pack_rows<Lane, T>(*packed.a, head, 0, packed.a->num_queries,
+                     packed.rows + head * packed.padded_rows * lanes);
+}
+
+template <class Lane, class T>
+static PackedQueries pack_queries(const Prefill& a) {
+  PackedQueries packed{&a, (a.num_queries * a.group + kRows - 1) / kRows * kRows, 0};
+  int64_t floats = a.num_heads * packed.padded_rows * a.head_size / Lane::kPer;
+  packed.rows = scratch(Scratch::packed_queries, floats);
+  a.parallel(a.num_heads, pack_queries_of_head<Lane, T>, &packed);
+  return packed;
+}

@@ -173,6 +173,10 @@ class Kernels(Protocol):
         mass: torch.Tensor,
     ) -> None: ...
 
+    def attention_peaks(
+        self, queries: ProfiledQueries, keys: PromptKeys, scale: float, peaks: torch.Tensor
+    ) -> None: ...
+
     def plan_decode(self, pages: Pages, heads: HeadState, batch: DecodeBatch) -> torch.Tensor: ...
 
     def decode_attention(

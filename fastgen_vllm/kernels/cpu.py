@@ -16,6 +16,7 @@ from fastgen_vllm.kernels.reference import move_pages
 __all__ = [
     "NAME",
     "attention_mass",
+    "attention_peaks",
     "decode_attention",
     "move_pages",
     "pack_slots",
@@ -113,6 +114,22 @@ def attention_mass(
         bounds,
         scale,
         mass,
+    )
+
+
+def attention_peaks(
+    queries: ProfiledQueries, keys: PromptKeys, scale: float, peaks: torch.Tensor
+) -> None:
+    torch.ops.fastgen.attention_peaks(
+        queries.query.to(keys.kv.dtype),
+        keys.kv,
+        keys.page_table,
+        keys.num_keys,
+        queries.lse,
+        queries.first_position,
+        queries.position_step,
+        scale,
+        peaks,
     )
 
 

@@ -12,6 +12,7 @@ from fastgen_vllm.kernels import triton
 from fastgen_vllm.kernels.contract import DecodeBatch, HeadState, Pages
 from fastgen_vllm.kernels.triton import (
     attention_mass,
+    attention_peaks,
     move_pages,
     pack_slots,
     plan_decode,
@@ -24,6 +25,7 @@ from fastgen_vllm.kernels.triton.decode_attention import FirstPass, decode_in_pa
 __all__ = [
     "NAME",
     "attention_mass",
+    "attention_peaks",
     "decode_attention",
     "move_pages",
     "pack_slots",

@@ -123,6 +123,28 @@ def attention_mass(
         mass[..., -1] += probs.sum(dim=-2) - below
 
 
+def attention_peaks(
+    queries: ProfiledQueries, keys: PromptKeys, scale: float, peaks: torch.Tensor
+) -> None:
+    """Raise ``peaks`` to the most attention that each key receives of one query and query head.
+
+    Args:
+        peaks: float32 ``[H, >= num_keys]``, updated in place.
+    """
+    query, lse = queries.query, queries.lse
+    c, heads, groups, _ = query.shape
+    key, _ = gather_keys(keys)
+    peaks = peaks[:, : keys.num_keys]
+    steps = torch.arange(c, device=query.device)
+    positions = queries.first_position + queries.position_step * steps
+    key_positions = torch.arange(keys.num_keys, device=query.device)
+    for tile in _query_tiles(c, heads * groups * keys.num_keys):
+        distance = positions[tile, None] - key_positions
+        scores = _masked_scores(query[tile], key, distance, scale)
+        probs = (scores - lse[tile].permute(1, 2, 0)[..., None]).exp()
+        peaks.copy_(torch.maximum(peaks, probs.amax(dim=(1, 2))))
+
+
 def decode_attention(
     query: torch.Tensor,
     pages: Pages,

@@ -38,6 +38,8 @@ class Profiling:
             the softmax together whatever they are.
         value_weighting: weigh attention on a key by the norm of its value, that is by what it
             adds to the output; sinks get much attention and add next to nothing.
+        peaks: gather the most attention that a key receives of one query, not the sum over queries
+            by distance.
     """
 
     weighting: QueryWeighting
@@ -46,6 +48,7 @@ class Profiling:
     least_window: int
     num_sinks: int
     value_weighting: bool
+    peaks: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class PromptStats:
     Attributes:
         mass: float32 ``[L, H, G, n, B + 1]``, the attention that each key receives of the queries,
             which count as ``Profiling`` says, by distance bucket. The buckets are bounded by
-            ``Ladder.windows``. ``G`` is 1 where the group's mean is all that is asked.
+            ``Ladder.windows``. ``G`` is 1 where the group's mean is all that is asked. Without keys
+            where peaks are gathered.
         value_norms: float32 ``[L, H, n]``, what attention on a key counts.
         scores: float32 ``[L, H, n]``, the order among keys for the frequent component.
         sums: float32 ``[L, H, n]``, where the sums of the decode steps go on from.

@@ -70,6 +70,7 @@ class PromptProfile:
         groups = heads.group_size if config.group_reduction == "min" else 1
         shape = (heads.num_layers, heads.num_kv_heads)
         self.mass = torch.zeros((*shape, groups, 0, len(self.bounds) + 1), device=device)
+        self.peaks = torch.zeros((*shape, 0), device=device)
         self.value_norms = torch.ones((*shape, 0), device=device)
         self.runs, weights = query_runs(
             profiling.weighting, profiling.window, config.query_sampling, self.num_tokens
@@ -79,11 +80,14 @@ class PromptProfile:
     def make_room(self, num_keys: int) -> None:
         """Room for a prompt's first chunk, and from the second on for all of it: in the step in
         which one long prompt ends, the next one that begins takes little."""
-        held = self.mass.shape[3]
+        held = self.value_norms.shape[-1]
         if num_keys <= held:
             return
         more = (self.num_tokens if held else num_keys) - held
-        self.mass = torch.nn.functional.pad(self.mass, (0, 0, 0, more))
+        if self.profiling.peaks:
+            self.peaks = torch.nn.functional.pad(self.peaks, (0, more))
+        else:
+            self.mass = torch.nn.functional.pad(self.mass, (0, 0, 0, more))
         self.value_norms = torch.nn.functional.pad(self.value_norms, (0, more), value=1.0)
 
     def add_chunk(
@@ -111,7 +115,10 @@ class PromptProfile:
             lse = chunk.lse[own] - self.log_weights[first : end : run.step, None, None]
             queries = ProfiledQueries(chunk.query[own], lse, first, run.step)
             keys = replace(chunk.keys, num_keys=end)
-            kernels.attention_mass(queries, keys, self.bounds, chunk.scale, self.mass[layer])
+            if self.profiling.peaks:
+                kernels.attention_peaks(queries, keys, chunk.scale, self.peaks[layer])
+            else:
+                kernels.attention_mass(queries, keys, self.bounds, chunk.scale, self.mass[layer])
 
     def finish(self) -> Choice:
         """What the heads keep. Every chunk and layer has been added."""
@@ -119,7 +126,7 @@ class PromptProfile:
 
     def stats(self) -> PromptStats:
         """What the choice is made from."""
-        scores = self.mass.sum(dim=(2, 4))
+        scores = self.peaks if self.profiling.peaks else self.mass.sum(dim=(2, 4))
         seen_by = torch.arange(self.num_tokens, 0, -1, device=scores.device)
         averages, pooling = self.config.frequent_score == "mean", self.profiling.pooling
         if averages:

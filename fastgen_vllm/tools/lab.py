@@ -144,7 +144,7 @@ class Lab:
         config = variant.config
         windows = tuple(config.ladder_on().windows(8192))
         profiling = config.profiling
-        how = (profiling.weighting, profiling.window, profiling.value_weighting)
+        how = (profiling.weighting, profiling.window, profiling.value_weighting, profiling.peaks)
         return (*how, config.group_reduction, config.query_sampling, windows)
 
     def _profile(self, variant: Variant, tokens: list[int]) -> PromptProfile:
@@ -172,6 +172,7 @@ class Lab:
         profile = self._profile(variant, tokens)
         gathered = profiles.by_key[self._profile_key(variant)]
         profile.mass, profile.value_norms = gathered.mass, gathered.value_norms
+        profile.peaks = gathered.peaks
         return profile.finish()
 
     @torch.inference_mode()

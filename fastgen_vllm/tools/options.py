@@ -54,8 +54,8 @@ QuickBench = Annotated[
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help="A method of the literature to compare with: streaming, h2o, snapkv, pyramidkv, "
-        "adakv or random. May be given several times. By default it is all of them."
+        help="A method to compare with: peaks, or of the literature streaming, h2o, snapkv, "
+        "pyramidkv, adakv or random. May be given several times. By default it is all of them."
     ),
 ]
 Budgets = Annotated[

@@ -108,6 +108,26 @@ def prefill_and_mass(
             assert (mass[:, :, m:] == 1).all()
 
 
+def peaks(kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed: int = 0) -> None:
+    """The most of any query, every one or every third, beside what was there."""
+    torch.manual_seed(seed)
+    prompt = Prompt.random(kernels, c, m, group, 64, dtype)
+    probs = prompt.probs()
+    lse = kernels.prefill_attention(
+        prompt.query, prompt.keys, SCALE, torch.empty_like(prompt.query)
+    )
+    for step in (1, 3):
+        skip = (c - 1) % step
+        chosen = slice(skip, None, step)
+        before = 0.1 * torch.rand(2, m + 5)
+        found = before.clone()
+        queries = ProfiledQueries(prompt.query[chosen], lse[chosen], m - c + skip, step)
+        kernels.attention_peaks(queries, prompt.keys, SCALE, found)
+        wanted = torch.maximum(probs[:, :, chosen].amax((1, 2)), before[:, :m].double())
+        close(found[:, :m], wanted, dtype)
+        assert torch.equal(found[:, m:], before[:, m:])
+
+
 def head_and_block_size(
     kernels: Kernels, head_size: int, block_size: int, dtype: torch.dtype, seed: int = 0
 ) -> None:

@@ -17,6 +17,7 @@ NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
 KERNELS = {
     "attend_kernel",
     "attention_mass_kernel",
+    "attention_peaks_kernel",
     "grow_kernel",
     "merge_kernel",
     "move_pages_kernel",

@@ -36,6 +36,15 @@ def test_prefill_and_mass(kernels: Kernels, group: int, c: int, m: int, dtype: t
     cases.prefill_and_mass(kernels, group, c, m, dtype)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("group", cases.GROUPS)
+@pytest.mark.parametrize(("c", "m"), cases.PROMPTS)
+def test_peaks(kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype) -> None:
+    if kernels is triton and group in (3, 4) and m > 50:
+        pytest.skip("slow interpreted, groups of 1 and 7 are run; scripts/gpu_check.sh runs all")
+    cases.peaks(kernels, group, c, m, dtype)
+
+
 @pytest.mark.parametrize("head_size", [32, 80, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [8, 32])
 def test_head_and_block_sizes(kernels: Kernels, head_size: int, block_size: int) -> None:

@@ -1,32 +1,47 @@
 """Each method of the literature is what its paper defines, not just so many keys."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from fastgen_vllm.config import FastGenConfig
-from fastgen_vllm.policy.choice import Choice, Goal, PromptStats
+from fastgen_vllm.kernels import UNBOUNDED
+from fastgen_vllm.policy.choice import Choice, Goal, PromptStats, with_sinks
 from fastgen_vllm.policy.methods import METHODS
 from fastgen_vllm.policy.methods.adakv import SAFEGUARD
 from fastgen_vllm.policy.methods.pyramidkv import BETA
+from fastgen_vllm.tensors import ceil_ratio
 
 LAYERS, HEADS = 5, 3
-PEERS = [name for name in METHODS if name != "fastgen"]
+PEERS = [name for name in METHODS if name not in ("fastgen", "peaks")]
+"""Those that count keys; the others count pages."""
+PAGE = 16
+
+
+def value_norms(n: int) -> torch.Tensor:
+    return 0.1 + torch.rand(LAYERS, HEADS, n, generator=torch.Generator().manual_seed(n + 1))
 
 
 def choose(
-    method: str, n: int, budget: float, spread: float = 1.0, **settings: object
+    method: str,
+    n: int,
+    budget: float,
+    spread: float = 1.0,
+    norms: bool = False,
+    **settings: Any,
 ) -> tuple[Choice, torch.Tensor]:
     """The choice of random scores ``[L, H, n]``, some heads' far larger than others', and those."""
     config = FastGenConfig.from_dict({"method": method, "kv_budget": budget, **settings})
     generator = torch.Generator().manual_seed(n)
     scores = torch.rand(LAYERS, HEADS, n, generator=generator)
     scores *= torch.logspace(0, spread, HEADS)[:, None]
-    classes = torch.zeros(n, dtype=torch.uint8)
+    none = torch.zeros(n, dtype=torch.uint8)
+    classes = with_sinks(none, config.profiling.num_sinks)
     stats = PromptStats(
         scores[:, :, None, :, None],
-        torch.ones_like(scores),
+        value_norms(n) if norms else torch.ones_like(scores),
         scores,
         scores,
         classes,
@@ -66,7 +81,7 @@ def test_budget(method: str, budget: float, n: int) -> None:
 
 @pytest.mark.parametrize("window", [None, 8, 50])
 def test_snapkv_keeps_every_heads_best(window: int | None) -> None:
-    settings = {} if window is None else {"observation_window": window}
+    settings: dict[str, Any] = {} if window is None else {"observation_window": window}
     choice, scores = choose("snapkv", 300, 0.4, **settings)
     for layer in range(LAYERS):
         for head in range(HEADS):
@@ -117,7 +132,7 @@ def test_adakv_shares_a_layers_budget_by_its_heads_scores() -> None:
 
 @pytest.mark.parametrize("sinks", [None, 0, 10])
 def test_streaming_keeps_sinks_and_a_window(sinks: int | None) -> None:
-    settings = {} if sinks is None else {"num_sinks": sinks}
+    settings: dict[str, Any] = {} if sinks is None else {"num_sinks": sinks}
     choice, _ = choose("streaming", 200, 0.3, **settings)
     count = 4 if sinks is None else sinks
     wanted = set(range(count)) | set(range(200 - (60 - count), 200))
@@ -141,8 +156,55 @@ def test_random_looks_at_nothing() -> None:
     assert 0.2 < float(middle.mean()) < 0.5 and not (middle[0] == middle[1]).all()
 
 
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+@pytest.mark.parametrize("budget", [0.15, 0.4, 0.9])
+@pytest.mark.parametrize("n", [200, 333])
+def test_peaks_are_one_choice_over_all_heads(n: int, budget: float, spread: float) -> None:
+    """The highest ranks of all heads together as far as whole pages go, and then full pages."""
+    choice, peaks = choose("peaks", n, budget, spread, norms=True)
+    norms = value_norms(n)
+    always = {*range(4), *range(n - 32, n)}
+    ranks: dict[tuple[int, int], list[float]] = {}
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            own = peaks[layer, head] * norms[layer, head] / norms[layer, head].mean()
+            around = [float(own[max(0, j - 32) : j + 5].max()) for j in range(n)]
+            ranks[layer, head] = [float(own[j]) + 0.1 * around[j] for j in range(n)]
+    room = int(budget * LAYERS * HEADS * -(-n // PAGE))
+    order = sorted(
+        ((rank, at, j) for at, of_head in ranks.items() for j, rank in enumerate(of_head)),
+        reverse=True,
+    )
+    counts = dict.fromkeys(ranks, len(always))
+    for _, at, j in order:
+        more = counts | {at: counts[at] + (j not in always)}
+        if sum(-(-count // PAGE) for count in more.values()) > room:
+            break
+        counts = more
+    for (layer, head), of_head in ranks.items():
+        count = min(n, -(-counts[layer, head] // PAGE) * PAGE)
+        rest = sorted(set(range(n)) - always, key=lambda j: (-of_head[j], j))
+        wanted = always | set(rest[: count - len(always)])
+        assert kept(choice, layer, head) == wanted
+    assert -(-choice.kept.sum(-1) // PAGE).sum() <= room or all(
+        count == len(always) for count in counts.values()
+    )
+
+
+def test_peaks_go_on_with_each_heads_share() -> None:
+    choice, _ = choose("peaks", 400, 0.4, 2.0)
+    count = choice.kept.sum(-1)
+    rules, full = choice.rules, count == 400
+    frequent = count - 36  # less sinks and the window
+    assert (rules.least_window == torch.where(full, UNBOUNDED, 32)).all()
+    shares = ceil_ratio(rules.frequent, torch.tensor(400))
+    assert (shares >= torch.where(full, 0, frequent)).all() and (shares <= frequent + 1).all()
+    assert choice.sticky[..., :4].all() and not choice.sticky[..., 4:].any()
+    assert (choice.scores[choice.kept & ~choice.sticky] >= 0).all()
+
+
 def test_no_two_methods_are_the_same() -> None:
-    found = {method: choose(method, 300, 0.4)[0].kept for method in PEERS}
+    found = {method: choose(method, 300, 0.4)[0].kept for method in [*PEERS, "peaks"]}
     for method, ours in found.items():
         for other, theirs in found.items():
             assert method == other or not torch.equal(ours, theirs), (method, other)

@@ -29,6 +29,17 @@ def test_chunking_changes_nothing(sampling: int, weighting: str) -> None:
         assert hybrids_of(parts.finish().rules) == hybrids_of(whole.finish().rules)
 
 
+@pytest.mark.parametrize("n", [1, 20, 90])
+def test_peaks_over_chunks(n: int) -> None:
+    """The most that each key received of one of the last queries, however the prompt is cut."""
+    goal = Goal(None, 0.5)
+    how: dict[str, Any] = {"method": "peaks", "kv_budget": 0.5, "observation_window": 20}
+    for chunk in (1, 7, 32, 90):
+        prompt = Prompt.random(n, 3, goal, chunk, **how)
+        wanted = prompt.probs[:, :, -20:].amax(dim=(1, 2))
+        torch.testing.assert_close(prompt.profile.peaks[0], wanted)
+
+
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 1000])
 @pytest.mark.parametrize("weighting", ["uniform", "recent", "last"])
 def test_every_query_counts_once(weighting: Any, n: int) -> None:

@@ -38,6 +38,8 @@ def triton_cases(small: bool) -> Iterator[tuple[str, Case]]:
             for c, m in prompts:
                 case = partial(cases.prefill_and_mass, triton, group, c, m, dtype)
                 yield f"prefill and mass, {c} of {m}, group {group}, {dtype}", case
+                case = partial(cases.peaks, triton, group, c, m, dtype)
+                yield f"peaks, {c} of {m}, group {group}, {dtype}", case
             case = partial(cases.decode, triton, lengths, group, 64, 16, dtype)
             yield f"decode, group {group}, {dtype}", case
         for head_size in (80,) if small else (32, 80, 96, 128, 256):

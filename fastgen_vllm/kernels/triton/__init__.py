@@ -11,6 +11,7 @@ import torch
 from fastgen_vllm.kernels.libraries import prefill_attention
 from fastgen_vllm.kernels.reference import prepare
 from fastgen_vllm.kernels.triton.attention_mass import attention_mass
+from fastgen_vllm.kernels.triton.attention_peaks import attention_peaks
 from fastgen_vllm.kernels.triton.decode_attention import decode_attention
 from fastgen_vllm.kernels.triton.pack_slots import move_pages, pack_slots
 from fastgen_vllm.kernels.triton.plan_decode import plan_decode
@@ -19,6 +20,7 @@ from fastgen_vllm.kernels.triton.write_kv import write_kv
 __all__ = [
     "NAME",
     "attention_mass",
+    "attention_peaks",
     "decode_attention",
     "move_pages",
     "pack_slots",

@@ -1,0 +1,58 @@
+// The profiling pass of peaks: the most attention that each key receives of one query. One task owns
+// a tile of keys of a head and runs over all queries, so no two tasks write the same peaks.
+
+struct PeaksTask {
+  const AttentionPeaks* a;
+  PackedQueries queries;
+};
+
+template <class Lane, class T>
+static void peaks_task(void* context, int64_t i) {
+  const PeaksTask& task = *(const PeaksTask*)context;
+  const AttentionPeaks& a = *task.a;
+  int64_t head = i % a.num_heads, tile = i / a.num_heads, G = a.group;
+  int64_t lanes = a.head_size / Lane::kPer, first_key = tile * kTile;
+  float* keys = scratch(Scratch::task, lanes * kTile);
+  pack_keys<Lane, T>(a, head, tile, keys);
+  const float* rows = task.queries.rows + head * task.queries.padded_rows * lanes;
+  float scale = a.scale * kLog2e;
+  int64_t num_rows = a.num_queries * G, r = 0;
+  if (first_key > a.first_position)  // queries before the tile see none of it
+    r = (first_key - a.first_position + a.position_step - 1) / a.position_step * G / kRows * kRows;
+  vf best[kTile / W];  // in log2
+  for (int v = 0; v < kTile / W; ++v) best[v] = splat(kMinusInfinity);
+  for (; r < num_rows; r += kRows) {
+    alignas(64) float scores[kRows * kTile];
+    tile_scores<Lane>(rows + r * lanes, lanes, keys, scores);
+    for (int64_t j = r; j < lower(r + kRows, num_rows); ++j) {
+      int64_t query = j / G, far = a.first_position + query * a.position_step - first_key;
+      if (far < 0) continue;
+      float minus_lse = -a.lse[query * a.lse_stride + head * G + j % G] * kLog2e;
+      for (int v = 0; v < kTile / W; ++v) {
+        vf x = load(scores + (j - r) * kTile + v * W) * scale + minus_lse;
+        if (far < kTile - 1) x = iota() + v * W <= (int32_t)far ? x : splat(kMinusInfinity);
+        best[v] = vmax(best[v], x);
+      }
+    }
+  }
+  alignas(64) float peaks[kTile];
+  for (int v = 0; v < kTile / W; ++v)  // rounding can put a score a little above its log-sum-exp
+    store(peaks + v * W, exp2_nonpositive(best[v] < 0.0f ? best[v] : splat(0.0f)));
+  float* to = a.peaks + head * a.peaks_stride + first_key;
+  for (int64_t k = 0; k < lower(kTile, a.num_keys - first_key); ++k)
+    to[k] = peaks[k] > to[k] ? peaks[k] : to[k];
+}
+
+template <class T>
+static void attention_peaks_of(const AttentionPeaks& a) {
+  typedef typename LaneOf<T>::type Lane;
+  PeaksTask task{&a, pack_queries<Lane, T>(a)};
+  int64_t num_tiles = (a.num_keys + kTile - 1) / kTile;
+  a.parallel(a.num_heads * num_tiles, peaks_task<Lane, T>, &task);
+}
+
+static void attention_peaks(const AttentionPeaks& a) {
+  if (a.dtype == DType::f32) return attention_peaks_of<float>(a);
+  if (a.dtype == DType::f16) return attention_peaks_of<f16>(a);
+  attention_peaks_of<bf16>(a);
+}
