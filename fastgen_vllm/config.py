@@ -24,6 +24,8 @@ from fastgen_vllm.policy.methods import METHODS
 from fastgen_vllm.policy.methods.fastgen import PAPER_PROFILING
 
 KernelChoice = Literal["auto", "native", "cuda", "reference"]
+MOST_TOKENS = 1 << 24
+"""More than any prompt has."""
 
 
 class FastGenConfig(BaseModel):
@@ -65,10 +67,10 @@ class FastGenConfig(BaseModel):
     group_reduction: Literal["mean", "min"] = "mean"
     frequent_score: Literal["sum", "mean"] = "sum"
     query_weighting: QueryWeighting | None = None
-    observation_window: int | None = Field(default=None, ge=1)
+    observation_window: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     score_pooling: int | None = Field(default=None, ge=1, le=255)
-    least_window: int | None = Field(default=None, ge=1)
-    num_sinks: int | None = Field(default=None, ge=0)
+    least_window: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
+    num_sinks: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     value_weighting: bool | None = None
     query_sampling: int = Field(default=1, ge=1, le=1024)
     block_size: Literal[8, 16, 32, 64, 128] = 16
@@ -96,6 +98,8 @@ class FastGenConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> FastGenConfig:
+        if self.method != "fastgen" and self.recovery is not None:
+            raise ValueError(f"method {self.method!r} takes a kv_budget in place of recovery")
         if self.kv_budget is not None and self.recovery is not None:
             raise ValueError("give kv_budget or recovery, not both")
         if self.method != "fastgen" and self.kv_budget is None:
@@ -194,10 +198,20 @@ class FastGenConfig(BaseModel):
             raise FastGenConfigError(
                 f"additional_config['fastgen'] must be an object of settings, got {settings!r}"
             )
-        values = dict(settings)
+        values = _named(settings, "fastgen")
         for key in ("ladder", "extra_special_tokens"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
+        ladder = values.get("ladder", "adaptive")
+        if not isinstance(ladder, tuple) and ladder not in ("adaptive", "paper"):
+            raise FastGenConfigError(
+                f"fastgen.ladder: got {ladder!r}; give 'adaptive' or 'paper', or a list of hybrids"
+            )
+        if not isinstance(values.get("extra_special_tokens", ()), tuple):
+            got = values["extra_special_tokens"]
+            raise FastGenConfigError(
+                f"fastgen.extra_special_tokens: got {got!r}; give a list of strings"
+            )
         if isinstance(values.get("ladder"), tuple):
             if not values["ladder"]:
                 raise FastGenConfigError(
@@ -217,7 +231,7 @@ def _hybrid(value: Any, index: int) -> Hybrid:
     if not isinstance(value, Mapping):
         raise FastGenConfigError(f"{where}: {value!r} is not an object such as {{'special': true}}")
     try:
-        return Hybrid(**value)
+        return Hybrid(**_named(value, where))
     except ValidationError as error:
         raise FastGenConfigError(_explain(error, where, Hybrid)) from None
 
@@ -250,11 +264,18 @@ class RequestOverride(BaseModel):
         Raises:
             FastGenConfigError: naming the key, its value and what is allowed.
         """
-        ours = {k: v for k, v in (extra_args or {}).items() if k.startswith("fastgen")}
+        ours = {k: v for k, v in (extra_args or {}).items() if str(k).startswith("fastgen")}
         try:
             return cls(**ours)
         except ValidationError as error:
             raise FastGenConfigError(_explain(error, "request", cls)) from None
+
+
+def _named(settings: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    for key in settings:
+        if not isinstance(key, str):
+            raise FastGenConfigError(f"{where}: {key!r} is no name of a setting; names are strings")
+    return dict(settings)
 
 
 def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> str:

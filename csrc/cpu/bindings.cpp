@@ -229,7 +229,8 @@ Tensor plan_decode(const Tensor& rows, const Tensor& num_tokens, const Tensor& t
 
 // key, value: [tokens, H, D]; slots: [tokens, H], indices into pages [*, block_size, 2 * D].
 void write_kv(const Tensor& key, const Tensor& value, const Tensor& pages, const Tensor& slots) {
-  TORCH_CHECK(pages.is_contiguous() && slots.stride(1) == 1 && slots.size(0) == key.size(0) &&
+  TORCH_CHECK(pages.is_contiguous() && slots.size(0) == key.size(0) &&
+                  (slots.stride(1) == 1 || slots.size(1) == 1) &&
                   slots.size(1) == key.size(1) && pages.size(2) == 2 * key.size(2) &&
                   value.sizes() == key.sizes(),
               "fastgen: key and value [tokens, H, D], slots [tokens, H], pages [*, bs, 2 * D]");

@@ -103,7 +103,7 @@ def _count_sticky(pool: PagePool, pages: torch.Tensor, kept: torch.Tensor) -> to
 
 def _spread(pool: PagePool, blocks: Sequence[int], used: torch.Tensor, width: int) -> torch.Tensor:
     """The blocks' pages, to each head as many as it uses: int64 ``[L, H, width]``."""
-    pages = pool.pages_of(to_device(torch.tensor(blocks), used.device)).flatten()
+    pages = pool.pages_of(to_device(torch.tensor(blocks, dtype=torch.int64), used.device)).flatten()
     first = used.flatten().cumsum(0).view(used.shape) - used
     index = torch.arange(width, device=used.device)
     at = (first[..., None] + index).clamp(max=len(pages) - 1)
@@ -125,7 +125,7 @@ def _measure(
     counts = torch.zeros(pool.num_blocks, dtype=torch.int64, device=pages.device)
     is_used = (index < used[..., None]).long()
     counts.scatter_add_(0, (pages // pool.pages_per_block).flatten(), is_used.flatten())
-    block_ids = to_device(torch.tensor(blocks), pages.device)
+    block_ids = to_device(torch.tensor(blocks, dtype=torch.int64), pages.device)
     sums = torch.stack([used.sum() + growing.sum(), lengths.max(), lengths.sum()])
     needed, longest, kept_slots, *in_blocks = torch.cat([sums, counts[block_ids]]).tolist()
     return _Packed(pages, lengths, used, in_blocks, needed, longest, kept_slots)
@@ -157,7 +157,7 @@ def _gather(
     taken = torch.zeros(room + 1, dtype=torch.uint8, device=device)
     taken[torch.where(stays & is_used, inside, room).flatten()] = 1
     free = taken[:room].argsort(stable=True)[: room - used_there]
-    stay_ids = to_device(torch.tensor(staying), device)
+    stay_ids = to_device(torch.tensor(staying, dtype=torch.int64), device)
     free = stay_ids[free // per_block] * per_block + free % per_block
 
     leaving = (is_used & ~stays).flatten().to(torch.uint8)

@@ -124,7 +124,7 @@ class HeadTables:
         self.rows[request_id] = self._free_rows.pop()
         self._last_rows = None
         n = scores.shape[-1]
-        block_ids = to_device(torch.tensor(blocks), scores.device)
+        block_ids = to_device(torch.tensor(blocks, dtype=torch.int64), scores.device)
         pages = self.pool.pages_of(block_ids)
         for layers in layers_at_once(scores):
             own = scores[layers] * rules.keeps_scores[layers][..., None]
@@ -169,7 +169,8 @@ class HeadTables:
         """The scheduler gave the request more blocks: their pages become its free pages."""
         state, row = self.state, self.rows[request_id]
         device = state.page_table.device
-        pages = self.pool.pages_of(to_device(torch.tensor(blocks), device)).flatten()
+        block_ids = to_device(torch.tensor(blocks, dtype=torch.int64), device)
+        pages = self.pool.pages_of(block_ids).flatten()
         top = state.num_free[row] + torch.arange(len(pages), device=device)
         state.free_pages[row].scatter_(0, top, pages.int())
         state.num_free[row] += len(pages)
@@ -186,9 +187,10 @@ class HeadTables:
         """
         longest = 0
         for request_id in request_ids:
-            bound = self._bounds[request_id] = self._bounds[request_id] + 1
+            bound = self._bounds[request_id] + 1
             if bound > self._parts[request_id][2]:
                 self._lay_out(request_id, self.pages_of(request_id))
+            self._bounds[request_id] = bound
             longest = max(longest, bound)
         rows = self.rows_of(request_ids)
         shape = (len(rows), self.pool.num_layers, self.pool.num_kv_heads)

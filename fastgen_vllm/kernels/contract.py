@@ -60,7 +60,7 @@ class ProfiledQueries:
     Attributes:
         query: ``[c, H, G, D]``.
         lse: float32 ``[c, H, G]``, log-sum-exp of each query's scaled scores, less the logarithm of
-            what the query counts.
+            what the query counts, which is at most 1.
     """
 
     query: torch.Tensor

@@ -75,7 +75,9 @@ class PromptProfile:
         self.runs, weights = query_runs(
             profiling.weighting, profiling.window, config.query_sampling, self.num_tokens
         )
-        self.log_weights = to_device(weights.log(), device)
+        # Kernels take weights up to 1. Only shares of the mass count, so it stays in this unit.
+        self.most_weight = max(1.0, float(weights.max()))
+        self.log_weights = to_device((weights / self.most_weight).log(), device)
 
     def make_room(self, num_keys: int) -> None:
         """Room for a prompt's first chunk, and from the second on for all of it: in the step in
@@ -124,9 +126,14 @@ class PromptProfile:
         """What the heads keep. Every chunk and layer has been added."""
         return METHODS[self.config.method].choose(self.ladder, self.stats(), self.goal)
 
+    def _mass_of_keys(self) -> torch.Tensor:
+        """float32 ``[L, H, n]``, of all distances and the whole group, in units of queries."""
+        mass = self.mass.sum(dim=(2, 4))
+        return mass if self.most_weight == 1.0 else mass * self.most_weight
+
     def stats(self) -> PromptStats:
         """What the choice is made from."""
-        scores = self.peaks if self.profiling.peaks else self.mass.sum(dim=(2, 4))
+        scores = self.peaks if self.profiling.peaks else self._mass_of_keys()
         seen_by = torch.arange(self.num_tokens, 0, -1, device=scores.device)
         averages, pooling = self.config.frequent_score == "mean", self.profiling.pooling
         if averages:

@@ -252,3 +252,24 @@ def test_a_request_more_than_there_are_rows() -> None:
     tables.enter("a", [1], rules_of_full_heads(pool), scores, scores > 0)
     with pytest.raises(AssertionError, match="all 1 rows are taken"):
         tables.enter("b", [2], rules_of_full_heads(pool), scores, scores > 0)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_long_generation_stays_in_its_room(heads: int) -> None:
+    """Heads that only grow, from a full page on, over several moves of their part of the table."""
+    model = FakeModel(1, heads, 1, 32)
+    num_tokens = 2 * MARGIN * BLOCK + 100
+    kv = torch.zeros(num_tokens // BLOCK + 5, 1, heads, BLOCK, 64)
+    config = FastGenConfig(block_size=BLOCK, debug=True)
+    runtime = Runtime(config, torch.zeros(VOCAB, dtype=torch.uint8), kv, 1)
+    driver, starts = Driver(runtime), set()
+    driver.begin("a", [1] * BLOCK, RequestOverride())
+    driver.requests["a"].tokens = [1] * num_tokens
+    for t in range(num_tokens - BLOCK + 1):
+        run_step(driver, model, {"a": 1}, {"a": 1 if t else BLOCK})
+        starts.add(int(runtime.tables.state.table_start[0, 0, -1]))
+    assert len(starts) > 2, "its part of the table should have moved"
+    pages = runtime.tables.pages_of("a")[0]
+    for head in range(heads):
+        positions = runtime.pool.positions[pages[head]].flatten()[:num_tokens]
+        assert positions.tolist() == list(range(num_tokens))

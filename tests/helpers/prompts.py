@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastgen_vllm.config import FastGenConfig
-from fastgen_vllm.kernels import PromptKeys, reference
+from fastgen_vllm.kernels import Kernels, PromptKeys, reference
 from fastgen_vllm.policy.choice import Goal
 from fastgen_vllm.policy.hybrids import Hybrid
 from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile
@@ -33,7 +33,14 @@ class Prompt:
 
     @classmethod
     def random(
-        cls, n: int, group: int, goal: Goal, chunk: int, peaked: float = 2.0, **settings: Any
+        cls,
+        n: int,
+        group: int,
+        goal: Goal,
+        chunk: int,
+        peaked: float = 2.0,
+        kernels: Kernels = reference,
+        **settings: Any,
     ) -> Prompt:
         torch.manual_seed(n)
         config = FastGenConfig.from_dict({"ladder": LADDER, "min_prompt_tokens": 1, **settings})
@@ -43,7 +50,7 @@ class Prompt:
         ladder, heads = config.ladder_on(), ModelHeads(1, 2, group)
         profile = PromptProfile(config, ladder, heads, classes, PAGE, goal)
         page_table = torch.arange(2)[:, None]
-        pages = torch.cat([key, value], dim=-1).transpose(0, 1)
+        pages = torch.cat([key, value], dim=-1).transpose(0, 1).contiguous()
         for start in range(0, n, chunk):
             end = min(start + chunk, n)
             part = query[start:end]
@@ -51,7 +58,7 @@ class Prompt:
             keys = PromptKeys(pages, page_table, end)
             lse = reference.prefill_attention(part, keys, 0.5, output)
             chunk_of_layer = PromptChunk(part, value[start:end], keys, lse, 0.5)
-            profile.add_chunk(reference, 0, chunk_of_layer)
+            profile.add_chunk(kernels, 0, chunk_of_layer)
         scores = torch.einsum("qhgd,khd->hgqk", query, key) * 0.5
         causal = torch.ones(n, n).tril().bool()
         return cls(profile, scores.masked_fill(~causal, float("-inf")).softmax(-1), value)

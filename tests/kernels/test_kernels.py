@@ -77,6 +77,14 @@ def test_pack_slots(kernels: Kernels, num_slots: int, in_place: bool) -> None:
     cases.pack_slots(kernels, num_slots, in_place)
 
 
+def test_one_head(kernels: Kernels) -> None:
+    """PyTorch ignores the strides of dimensions of size 1."""
+    key, value = torch.randn(2, 5, 1, 64)
+    kv, slots = torch.zeros(4, 8, 128), torch.tensor([[8, 9, 10, 3, 31]]).T.contiguous()
+    kernels.write_kv(key, value, kv, slots)
+    assert torch.equal(kv.view(-1, 128)[slots[:, 0]], torch.cat([key, value], -1)[:, 0])
+
+
 def test_a_cache_that_native_kernels_cannot_serve() -> None:
     kernels, reason = select("auto", "cpu", 72, torch.float32)
     assert kernels is reference and "head size 72" in reason

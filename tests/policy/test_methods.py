@@ -140,6 +140,29 @@ def test_streaming_keeps_sinks_and_a_window(sinks: int | None) -> None:
     assert choice.sticky.sum() == count * LAYERS * HEADS
 
 
+@pytest.mark.parametrize("method", [*PEERS, "peaks"])
+@pytest.mark.parametrize(
+    ("n", "settings"),
+    [(1, {}), (10, {}), (300, {"observation_window": 1000}), (300, {"num_sinks": 400})],
+)
+def test_prompts_shorter_than_windows_and_sinks(
+    method: str, n: int, settings: dict[str, Any]
+) -> None:
+    """Nothing fails, and the newest token stays in every head."""
+    choice, _ = choose(method, n, 0.1, **settings)
+    assert choice.kept[..., -1].all()
+
+
+def test_streaming_keeps_its_budget_with_many_sinks() -> None:
+    choice, _ = choose("streaming", 300, 0.1, num_sinks=64)
+    assert (choice.kept.sum(-1) == 32).all() and choice.kept[..., -1].all()
+
+
+def test_random_keeps_its_window_first() -> None:
+    choice, _ = choose("random", 300, 0.1)
+    assert choice.kept[..., -32:].all()
+
+
 def test_h2o_keeps_heavy_hitters_and_a_window() -> None:
     choice, scores = choose("h2o", 200, 0.3)
     for head in range(HEADS):

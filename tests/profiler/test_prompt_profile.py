@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.prompts import Prompt
 
+from fastgen_vllm.kernels import Kernels, cpu, reference, triton
 from fastgen_vllm.policy.choice import Goal
 from fastgen_vllm.policy.hybrids import hybrids_of
 from fastgen_vllm.profiler.queries import THINNED_FROM, query_runs
@@ -27,6 +28,28 @@ def test_chunking_changes_nothing(sampling: int, weighting: str) -> None:
         parts = Prompt.random(90, 3, goal, chunk, **how).profile
         torch.testing.assert_close(parts.mass, whole.mass, rtol=1e-4, atol=1e-5)
         assert hybrids_of(parts.finish().rules) == hybrids_of(whole.finish().rules)
+
+
+@pytest.mark.parametrize("kernels", [cpu, triton], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"query_sampling": 4},
+        {"query_sampling": 16, "query_weighting": "uniform"},
+        {"query_weighting": "recent", "observation_window": 256},
+    ],
+)
+def test_queries_that_stand_for_many(kernels: Kernels, how: dict[str, Any]) -> None:
+    """Their weights are above 1, in every implementation."""
+    assert cpu.problem(16, torch.float32) == "", "the extension must be built to test it"
+    found = [
+        Prompt.random(300, 3, Goal(None, 0.3), 100, kernels=k, **how).profile.stats()
+        for k in (kernels, reference)
+    ]
+    assert query_runs("recent", 256, 1, 300)[1].max() > 1
+    for name in ("mass", "scores", "sums"):
+        ours, wanted = (getattr(stats, name) for stats in found)
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 20, 90])

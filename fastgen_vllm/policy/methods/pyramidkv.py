@@ -22,7 +22,7 @@ BETA = 20
 def layer_budgets(stats: PromptStats, count: int) -> list[int]:
     """Keys a head may keep, by layer; ``count`` on average."""
     layers, n = stats.scores.shape[0], stats.num_tokens
-    lowest = max(stats.profiling.window, count // BETA, 2 * count - n)
+    lowest = max(min(stats.profiling.window, count), count // BETA, 2 * count - n)
     return torch.linspace(2 * count - lowest, lowest, layers).round().int().tolist()
 
 

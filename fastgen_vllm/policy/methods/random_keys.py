@@ -13,8 +13,8 @@ def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
     """Sinks, the last keys, and a random choice of the others that depends on the length alone."""
     generator = torch.Generator().manual_seed(stats.num_tokens)
     scores = torch.rand(stats.scores.shape, generator=generator).to(stats.scores.device)
+    scores[..., : stats.profiling.num_sinks] = 2.0
     scores[..., -stats.profiling.window :] = float("inf")
-    scores[..., : stats.profiling.num_sinks] = float("inf")
     return append_only(ladder, stats, highest(scores, keys_per_head(stats, goal)))
 
 

@@ -15,10 +15,11 @@ from fastgen_vllm.policy.methods.method import (
 
 
 def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
-    n, num_sinks = stats.num_tokens, stats.profiling.num_sinks
+    n, count = stats.num_tokens, keys_per_head(stats, goal)
+    num_sinks = min(stats.profiling.num_sinks, count - 1)  # the newest token stays
     position = torch.arange(n, device=stats.scores.device)
     sinks = (position < num_sinks).expand(stats.scores.shape)
-    recent = position >= n - (keys_per_head(stats, goal) - num_sinks)
+    recent = position >= n - (count - num_sinks)
     policy = first_rung(stats)
     recovery = torch.ones(policy.shape, device=policy.device)
     return Choice(ladder.rules[policy], sinks | recent, sinks, stats.sums, recovery)
