@@ -32,25 +32,18 @@ class _Packed:
 
     Attributes:
         pages: int64 ``[L, H, P]``.
-        lengths: int64 ``[L, H]``, slots in use.
-        used: int64 ``[L, H]``, pages in use.
+        is_used: bool ``[L, H, P]``.
         in_blocks: of each of its blocks, how many of its pages are in use.
         needed: pages in use, and one for every head that can fill its last before the scheduler
             grants a block.
     """
 
     pages: torch.Tensor
-    lengths: torch.Tensor
-    used: torch.Tensor
+    is_used: torch.Tensor
     in_blocks: list[int]
     needed: int
     longest: int
     kept_slots: int
-
-    @property
-    def is_used(self) -> torch.Tensor:
-        index = torch.arange(self.pages.shape[-1], device=self.pages.device)
-        return index < self.used[..., None]
 
 
 def compact(
@@ -123,12 +116,13 @@ def _measure(
     growing = used * pool.block_size - lengths < until_boundary
     index = torch.arange(pages.shape[-1], device=pages.device)
     counts = torch.zeros(pool.num_blocks, dtype=torch.int64, device=pages.device)
-    is_used = (index < used[..., None]).long()
-    counts.scatter_add_(0, (pages // pool.pages_per_block).flatten(), is_used.flatten())
+    is_used = index < used[..., None]
+    block_of = (pages // pool.pages_per_block).flatten()
+    counts.scatter_add_(0, block_of, is_used.flatten().long())
     block_ids = to_device(torch.tensor(blocks, dtype=torch.int64), pages.device)
     sums = torch.stack([used.sum() + growing.sum(), lengths.max(), lengths.sum()])
     needed, longest, kept_slots, *in_blocks = torch.cat([sums, counts[block_ids]]).tolist()
-    return _Packed(pages, lengths, used, in_blocks, needed, longest, kept_slots)
+    return _Packed(pages, is_used, in_blocks, needed, longest, kept_slots)
 
 
 def _gather(

@@ -7,6 +7,7 @@ import mmap
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -103,24 +104,18 @@ def attention_mass(
     scale: float,
     mass: torch.Tensor,
 ) -> None:
-    torch.ops.fastgen.attention_mass(
-        queries.query.to(keys.kv.dtype),
-        keys.kv,
-        keys.page_table,
-        keys.num_keys,
-        queries.lse,
-        queries.first_position,
-        queries.position_step,
-        bounds,
-        scale,
-        mass,
-    )
+    torch.ops.fastgen.attention_mass(*_profiled(queries, keys), bounds, scale, mass)
 
 
 def attention_peaks(
     queries: ProfiledQueries, keys: PromptKeys, scale: float, peaks: torch.Tensor
 ) -> None:
-    torch.ops.fastgen.attention_peaks(
+    torch.ops.fastgen.attention_peaks(*_profiled(queries, keys), scale, peaks)
+
+
+def _profiled(queries: ProfiledQueries, keys: PromptKeys) -> tuple[Any, ...]:
+    """The arguments that both profiling passes begin with."""
+    return (
         queries.query.to(keys.kv.dtype),
         keys.kv,
         keys.page_table,
@@ -128,8 +123,6 @@ def attention_peaks(
         queries.lse,
         queries.first_position,
         queries.position_step,
-        scale,
-        peaks,
     )
 
 

@@ -87,6 +87,23 @@ def prefill_attention(
     return lse
 
 
+def _attention_of(
+    queries: ProfiledQueries, keys: PromptKeys, scale: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tile by tile of ``q`` queries: distances to the keys ``[q, k]``, and probabilities times what
+    each query counts ``[H, G, q, k]``."""
+    query, lse = queries.query, queries.lse
+    c, heads, groups, _ = query.shape
+    key, _ = gather_keys(keys)
+    steps = torch.arange(c, device=query.device)
+    positions = queries.first_position + queries.position_step * steps
+    key_positions = torch.arange(keys.num_keys, device=query.device)
+    for tile in _query_tiles(c, heads * groups * keys.num_keys):
+        distance = positions[tile, None] - key_positions
+        scores = _masked_scores(query[tile], key, distance, scale)
+        yield distance, (scores - lse[tile].permute(1, 2, 0)[..., None]).exp()
+
+
 def attention_mass(
     queries: ProfiledQueries,
     keys: PromptKeys,
@@ -102,25 +119,15 @@ def attention_mass(
         mass: float32 ``[H, 1 or G, >= num_keys, len(bounds) + 1]``, updated in place; with 1 the
             group is summed.
     """
-    query, lse = queries.query, queries.lse
-    c, heads, groups, _ = query.shape
-    key, _ = gather_keys(keys)
     mass = mass[:, :, : keys.num_keys]
-    steps = torch.arange(c, device=query.device)
-    positions = queries.first_position + queries.position_step * steps
-    key_positions = torch.arange(keys.num_keys, device=query.device)
-    for tile in _query_tiles(c, heads * groups * keys.num_keys):
-        distance = positions[tile, None] - key_positions
-        scores = _masked_scores(query[tile], key, distance, scale)
-        probs = (scores - lse[tile].permute(1, 2, 0)[..., None]).exp()
-        if mass.shape[1] == 1:
-            probs = probs.sum(dim=1, keepdim=True)
+    for distance, probs in _attention_of(queries, keys, scale):
+        received = probs.sum(dim=1, keepdim=True) if mass.shape[1] == 1 else probs
         below = torch.zeros_like(mass[..., 0])
         for bucket, bound in enumerate(bounds.tolist()):
-            near = torch.where(distance < bound, probs, 0.0).sum(dim=-2)
+            near = torch.where(distance < bound, received, 0.0).sum(dim=-2)
             mass[..., bucket] += near - below
             below = near
-        mass[..., -1] += probs.sum(dim=-2) - below
+        mass[..., -1] += received.sum(dim=-2) - below
 
 
 def attention_peaks(
@@ -131,17 +138,8 @@ def attention_peaks(
     Args:
         peaks: float32 ``[H, >= num_keys]``, updated in place.
     """
-    query, lse = queries.query, queries.lse
-    c, heads, groups, _ = query.shape
-    key, _ = gather_keys(keys)
     peaks = peaks[:, : keys.num_keys]
-    steps = torch.arange(c, device=query.device)
-    positions = queries.first_position + queries.position_step * steps
-    key_positions = torch.arange(keys.num_keys, device=query.device)
-    for tile in _query_tiles(c, heads * groups * keys.num_keys):
-        distance = positions[tile, None] - key_positions
-        scores = _masked_scores(query[tile], key, distance, scale)
-        probs = (scores - lse[tile].permute(1, 2, 0)[..., None]).exp()
+    for _, probs in _attention_of(queries, keys, scale):
         peaks.copy_(torch.maximum(peaks, probs.amax(dim=(1, 2))))
 
 

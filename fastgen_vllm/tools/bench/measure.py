@@ -165,7 +165,7 @@ def run_bench(bench: Bench) -> dict[str, Any]:
 
 def _kernel_figures(bench: Bench) -> dict[str, Any]:
     try:
-        return kernel_figures(bench.shape, bench.torch_dtype, bench.quick_kernels)  # type: ignore[arg-type]
+        return kernel_figures(bench.shape, bench.torch_dtype, bench.quick_kernels)
     except RuntimeError as error:
         raise InputError(f"The kernels cannot be measured: {error}") from None
 
