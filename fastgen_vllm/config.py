@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,12 +20,23 @@ from pydantic import (
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.policy.choice import Goal, Profiling, QueryWeighting
 from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER, FULL, PAPER_LADDER, Hybrid, Ladder
-from fastgen_vllm.policy.methods import METHODS
-from fastgen_vllm.policy.methods.fastgen import PAPER_PROFILING
+from fastgen_vllm.policy.methods import LADDER, METHODS, PAPER_PROFILING, PEAKS, Method
 
 KernelChoice = Literal["auto", "native", "cuda", "reference"]
 MOST_TOKENS = 1 << 24
 """More than any prompt has."""
+
+BUDGET, LADDER_BUDGET = 0.25, 0.4
+"""The default budget, and that of the adaptive ladder: see docs/results/quality.md."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How prompts with one kind of goal are profiled and compressed."""
+
+    method: Method
+    profiling: Profiling
+    ladder: Ladder
 
 
 class FastGenConfig(BaseModel):
@@ -33,19 +44,21 @@ class FastGenConfig(BaseModel):
 
     Attributes:
         kv_budget: the share of the full cache's memory that a prompt may keep, spread over its
-            layers and heads so that most attention is recovered. The default, where ``recovery``
-            is not given either, is 0.4 with the adaptive ladder.
+            layers and heads. Where ``recovery`` is not given either, the default is ``BUDGET``, or
+            ``LADDER_BUDGET`` with the adaptive ladder.
         recovery: or a threshold T, the attention mass a head's policy must keep (0 to 1). At 1.0
-            every head keeps everything and nothing is profiled. 0.95 is the default of other
-            ladders.
+            every head keeps everything and nothing is profiled. 0.95 is the default of ladders
+            other than the adaptive one.
         method: ``fastgen``, or a method of the literature for comparison, which needs
             ``kv_budget``: see ``fastgen_vllm/policy/methods/``.
-        ladder: ``"adaptive"``, rising ratios; ``"paper"``; or a list of hybrids. The full policy
-            always ends it.
-        group_reduction: how the recoveries of a GQA group become one: ``mean`` or ``min``.
+        ladder: what a head chooses its policy from: ``"adaptive"``, rising ratios; ``"paper"``; or
+            a list of hybrids. The full policy always ends it. Where it is not given, each head
+            gets a share of its own of a budget, and a recovery takes the adaptive ladder.
+        group_reduction: how the recoveries of a GQA group become one for a ladder: ``mean`` or
+            ``min``.
         frequent_score: ``sum`` of attention over queries (the paper), or ``mean`` over the
             queries that could see the key.
-        query_weighting, observation_window, score_pooling, least_window, num_sinks,
+        query_weighting, observation_window, score_pooling, least_window, num_sinks, decode_window,
             value_weighting: see ``Profiling``. None takes what suits the ladder or method; for
             the paper's ladder that is the paper's plain attention mass.
         query_sampling: profile every s-th of the prompt queries that the weighting looks at.
@@ -55,6 +68,10 @@ class FastGenConfig(BaseModel):
         kernels: ``auto`` takes the fastest that serve this device and model; ``native`` insists
             on compiled ones; ``reference`` is plain PyTorch.
         extra_special_tokens: strings that count as special tokens beside the tokenizer's.
+        protect: ``"system"`` keeps every prompt's system prompt in all heads, and a budget is of
+            the rest; ``protect_limit`` is the most that may be protected of a prompt, a share.
+        min_recovery: a request keeps more than its budget where it would recover less than this
+            share of its last queries' attention, on average over heads.
         debug: audit the page pool after every step (also ``FASTGEN_DEBUG=1``).
     """
 
@@ -63,7 +80,7 @@ class FastGenConfig(BaseModel):
     kv_budget: float | None = Field(default=None, gt=0.0, le=1.0)
     recovery: float | None = Field(default=None, ge=0.0, le=1.0)
     method: str = "fastgen"
-    ladder: Literal["adaptive", "paper"] | tuple[Hybrid, ...] = "adaptive"
+    ladder: Literal["adaptive", "paper"] | tuple[Hybrid, ...] | None = None
     group_reduction: Literal["mean", "min"] = "mean"
     frequent_score: Literal["sum", "mean"] = "sum"
     query_weighting: QueryWeighting | None = None
@@ -71,12 +88,16 @@ class FastGenConfig(BaseModel):
     score_pooling: int | None = Field(default=None, ge=1, le=255)
     least_window: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     num_sinks: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
+    decode_window: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     value_weighting: bool | None = None
     query_sampling: int = Field(default=1, ge=1, le=1024)
     block_size: Literal[8, 16, 32, 64, 128] = 16
     min_prompt_tokens: int = Field(default=256, ge=1)
     kernels: KernelChoice = "auto"
     extra_special_tokens: tuple[str, ...] = ()
+    protect: Literal["system"] | None = None
+    protect_limit: float = Field(default=0.5, gt=0.0, le=1.0)
+    min_recovery: float = Field(default=0.0, ge=0.0, le=1.0)
     debug: bool = Field(default_factory=lambda: os.environ.get("FASTGEN_DEBUG", "0") == "1")
 
     @field_validator("method")
@@ -93,8 +114,13 @@ class FastGenConfig(BaseModel):
             return values
         if values.get("method", "fastgen") != "fastgen":
             return values
-        adaptive = values.get("ladder", "adaptive") == "adaptive"
-        return {**values, **({"kv_budget": 0.4} if adaptive else {"recovery": 0.95})}
+        ladder = values.get("ladder")
+        if ladder is None:
+            return {**values, "kv_budget": BUDGET}
+        return {
+            **values,
+            **({"kv_budget": LADDER_BUDGET} if ladder == "adaptive" else {"recovery": 0.95}),
+        }
 
     @model_validator(mode="after")
     def _check(self) -> FastGenConfig:
@@ -104,37 +130,81 @@ class FastGenConfig(BaseModel):
             raise ValueError("give kv_budget or recovery, not both")
         if self.method != "fastgen" and self.kv_budget is None:
             raise ValueError(f"method {self.method!r} needs a kv_budget, for example 0.3")
+        for name in ("protect", "min_recovery"):
+            if self.method != "fastgen" and getattr(self, name):
+                raise ValueError(f"{name} does not go with method {self.method!r}; leave it out")
+        if self.min_recovery and self.kv_budget is None:
+            raise ValueError("min_recovery goes with a kv_budget; leave one of them out")
         if self.score_pooling is not None and self.score_pooling % 2 == 0:
             raise ValueError(f"score_pooling {self.score_pooling} is even; take an odd number")
-        if self.frequent_score == "mean" and self.profiling.weighting != "uniform":
+        how = [self.profiling_for(goal) for goal in self.goals]
+        if self.frequent_score == "mean" and any(p.peaks or p.weighting != "uniform" for p in how):
             raise ValueError(
-                "frequent_score 'mean' goes with query_weighting 'uniform' only; "
-                "set that too, or take 'sum'"
+                "frequent_score 'mean' goes with a ladder and query_weighting 'uniform' only; "
+                "set those too, or take 'sum'"
             )
         return self
 
-    @property
-    def hybrids(self) -> tuple[Hybrid, ...]:
-        """The ladder's hybrids, ending with ``full``."""
+    def method_for(self, goal: Goal) -> Method:
+        """What chooses for prompts with such a goal."""
         if self.method != "fastgen":
-            assert self.kv_budget is not None
-            return METHODS[self.method].hybrids(self.kv_budget)
-        if self.ladder == "adaptive":
+            return METHODS[self.method]
+        return PEAKS if self.ladder is None and goal.budget is not None else LADDER
+
+    def hybrids_for(self, goal: Goal) -> tuple[Hybrid, ...]:
+        """The hybrids of the ladder for such a goal, ending with ``full``."""
+        method = self.method_for(goal)
+        if method is not LADDER:
+            assert goal.budget is not None
+            return method.hybrids(goal.budget)
+        if self.ladder in (None, "adaptive"):
             return ADAPTIVE_LADDER
         if self.ladder == "paper":
             return PAPER_LADDER
+        assert isinstance(self.ladder, tuple)
         return (*(h for h in self.ladder if not h.full), FULL)
 
-    def ladder_on(self, device: torch.device | str = "cpu") -> Ladder:
-        """The ladder, with its heads' numbers on a device."""
-        averages = self.frequent_score == "mean"
-        return Ladder.from_hybrids(self.hybrids, self.profiling.least_window, averages, device)
+    def profiling_for(self, goal: Goal) -> Profiling:
+        """The settings, with what suits the ladder or method where they are None."""
+        method = self.method_for(goal)
+        preset = method.profiling
+        if method is LADDER and self.ladder not in (None, "adaptive"):
+            preset = PAPER_PROFILING
+        given = {
+            "weighting": self.query_weighting,
+            "window": self.observation_window,
+            "pooling": self.score_pooling,
+            "least_window": self.least_window,
+            "num_sinks": self.num_sinks,
+            "decode_window": self.decode_window,
+            "value_weighting": self.value_weighting,
+        }
+        return replace(preset, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+
+    def plan_for(self, goal: Goal, device: torch.device | str = "cpu") -> Plan:
+        """How prompts with such a goal are compressed. It depends on whether the goal is a budget
+        and, unless the method is ``fastgen``, on the budget."""
+        profiling, averages = self.profiling_for(goal), self.frequent_score == "mean"
+        hybrids = self.hybrids_for(goal)
+        ladder = Ladder.from_hybrids(
+            hybrids,
+            profiling.least_window,
+            averages=averages,
+            device=device,
+            decode_window=profiling.decode_window,
+        )
+        return Plan(self.method_for(goal), profiling, ladder)
 
     @property
-    def ladder_name(self) -> str:
-        if isinstance(self.ladder, str):
-            return self.ladder
-        return " -> ".join(h.name for h in self.hybrids)
+    def goal(self) -> Goal:
+        """The engine's own."""
+        return Goal(self.recovery, self.kv_budget, self.min_prompt_tokens, self.min_recovery)
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """The engine's own, and one of the other kind where requests may ask for it."""
+        other = Goal(None, BUDGET) if self.kv_budget is None else Goal(0.9, None)
+        return (self.goal, other) if self.method == "fastgen" else (self.goal,)
 
     @property
     def target(self) -> str:
@@ -148,44 +218,43 @@ class FastGenConfig(BaseModel):
         """What a prompt is compressed to, for the log."""
         if self.method != "fastgen":
             return f"method {self.method}, {self.target}"
-        return f"{self.target}, ladder {self.ladder_name}"
-
-    @property
-    def profiling(self) -> Profiling:
-        """The settings, with what suits the ladder or method where they are None."""
-        preset = METHODS[self.method].profiling
-        if self.method == "fastgen" and self.ladder != "adaptive":
-            preset = PAPER_PROFILING
-        given = {
-            "weighting": self.query_weighting,
-            "window": self.observation_window,
-            "pooling": self.score_pooling,
-            "least_window": self.least_window,
-            "num_sinks": self.num_sinks,
-            "value_weighting": self.value_weighting,
-        }
-        return replace(preset, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        if self.method_for(self.goal) is not LADDER:
+            return self.target
+        name = str(self.ladder or "adaptive")
+        if isinstance(self.ladder, tuple):
+            name = " -> ".join(h.name for h in self.hybrids_for(self.goal))
+        return f"{self.target}, ladder {name}"
 
     def goal_of(self, override: RequestOverride) -> Goal:
         """The request's own goal, or the engine's."""
+        goal = self.goal
         threshold, budget = override.fastgen_recovery, override.fastgen_kv_budget
-        if threshold is None and budget is None:
-            threshold, budget = self.recovery, self.kv_budget
-        return Goal(threshold, budget, self.min_prompt_tokens)
+        if threshold is not None or budget is not None:
+            goal = replace(goal, threshold=threshold, budget=budget)
+        if override.fastgen_min_recovery is not None:
+            goal = replace(goal, least_recovery=override.fastgen_min_recovery)
+        return goal if goal.budget is not None else replace(goal, least_recovery=0.0)
 
     def check_override(self, override: RequestOverride) -> None:
         """Raises:
-        FastGenConfigError: a goal of its own, where the engine runs a method whose goal is fixed.
+        FastGenConfigError: what this engine's settings cannot give a request.
         """
-        goals = {
-            name: getattr(override, name) for name in ("fastgen_recovery", "fastgen_kv_budget")
+        wanted = {
+            name: getattr(override, name)
+            for name in RequestOverride.model_fields
+            if name != "fastgen_compress" and getattr(override, name) is not None
         }
-        for name, value in goals.items():
-            if value is not None and self.method != "fastgen":
+        for name, value in wanted.items():
+            if self.method != "fastgen":
                 raise FastGenConfigError(
                     f"request.{name}: {value} cannot change method {self.method!r}, whose "
                     "kv_budget is fixed at start-up; leave it out"
                 )
+        if override.fastgen_min_recovery is not None and self.goal_of(override).budget is None:
+            raise FastGenConfigError(
+                f"request.fastgen_min_recovery: {override.fastgen_min_recovery} goes with a "
+                "budget; leave it out, or give fastgen_kv_budget in place of a recovery"
+            )
 
     @classmethod
     def from_dict(cls, settings: Any) -> FastGenConfig:
@@ -202,8 +271,8 @@ class FastGenConfig(BaseModel):
         for key in ("ladder", "extra_special_tokens"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
-        ladder = values.get("ladder", "adaptive")
-        if not isinstance(ladder, tuple) and ladder not in ("adaptive", "paper"):
+        ladder = values.get("ladder")
+        if not isinstance(ladder, tuple) and ladder not in (None, "adaptive", "paper"):
             raise FastGenConfigError(
                 f"fastgen.ladder: got {ladder!r}; give 'adaptive' or 'paper', or a list of hybrids"
             )
@@ -244,6 +313,29 @@ class RequestOverride(BaseModel):
     fastgen_recovery: float | None = Field(default=None, ge=0.0, le=1.0)
     fastgen_kv_budget: float | None = Field(default=None, gt=0.0, le=1.0)
     fastgen_compress: bool = True
+    fastgen_protect: Literal["system"] | tuple[int, ...] | None = None
+    fastgen_min_recovery: float | None = Field(default=None, ge=0.0, le=1.0)
+
+    @field_validator("fastgen_protect", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        if value is None or value == "system":
+            return value
+        spans = tuple(value) if isinstance(value, list | tuple) else ()
+        rising = all(first < end for first, end in zip(spans[::2], spans[1::2], strict=False))
+        whole = all(type(index) is int and index >= 0 for index in spans)
+        if not spans or len(spans) % 2 or not (whole and rising):
+            raise ValueError(
+                "give 'system', or a list of ranges of prompt tokens, each a first index and the "
+                "one after its last, for example [0, 120, 300, 340]"
+            )
+        return spans
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Ranges of prompt tokens that are protected by their indices."""
+        given = self.fastgen_protect if isinstance(self.fastgen_protect, tuple) else ()
+        return list(zip(given[::2], given[1::2], strict=True))
 
     @field_validator("fastgen_compress", mode="before")
     @classmethod

@@ -36,4 +36,4 @@ def model() -> str:
 @pytest.fixture(scope="session")
 def engine(model: str) -> Engine:
     """FastGen, float32, ample memory, prompts in chunks of at most 256 tokens, debug mode."""
-    return Engine.start(kv_bytes=1 << 30, recovery=0.9)
+    return Engine.start(kv_bytes=1 << 30, fastgen={"recovery": 0.9, "decode_window": 32})

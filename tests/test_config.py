@@ -2,7 +2,7 @@ import pytest
 
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.errors import FastGenConfigError
-from fastgen_vllm.policy.hybrids import Hybrid
+from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER, Hybrid
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from fastgen_vllm.policy.hybrids import Hybrid
         ({"ladder": [{1: 2}]}, r"fastgen\.ladder\[0\]: 1 is no name of a setting"),
         ({"ladder": "Paper"}, r"fastgen\.ladder: got 'Paper'; give 'adaptive' or 'paper'"),
         ({"score_pooling": 4}, "score_pooling 4 is even"),
-        ({"frequent_score": "mean"}, "'mean' goes with query_weighting 'uniform'"),
+        ({"frequent_score": "mean"}, "'mean' goes with a ladder and query_weighting 'uniform'"),
         ({"query_sampling": 0}, r"fastgen\.query_sampling: got 0.*greater than or equal to 1"),
         ({"block_size": 24}, r"fastgen\.block_size: got 24.*8, 16, 32, 64 or 128"),
         ({"group_reduction": "max"}, r"fastgen\.group_reduction: got 'max'.*'mean' or 'min'"),
@@ -46,8 +46,8 @@ def test_wrong_settings_are_named(settings: object, message: str) -> None:
 
 def test_ladder_always_ends_full() -> None:
     config = FastGenConfig.from_dict({"ladder": [{"special": True, "local": 0.1}]})
-    assert config.hybrids == (Hybrid(special=True, local=0.1), Hybrid(full=True))
-    assert config.ladder_name == "special+local(0.1) -> full"
+    assert config.hybrids_for(config.goal) == (Hybrid(special=True, local=0.1), Hybrid(full=True))
+    assert config.description == "recovery 0.95, ladder special+local(0.1) -> full"
 
 
 def test_debug_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_override_of_a_fixed_method_is_refused() -> None:
 
 
 def test_adaptive_ladder_rises() -> None:
-    first, *rising, last = FastGenConfig().hybrids
+    first, *rising, last = ADAPTIVE_LADDER
     assert first.name == "special" and last.full
     assert all(h.special and h.local == h.frequent / 2 for h in rising)
     shares = [h.frequent + h.local for h in rising]
@@ -83,7 +83,8 @@ def test_adaptive_ladder_rises() -> None:
 @pytest.mark.parametrize(
     ("settings", "goal"),
     [
-        ({}, "kv_budget 0.4, ladder adaptive"),
+        ({}, "kv_budget 0.25"),
+        ({"ladder": "adaptive"}, "kv_budget 0.4, ladder adaptive"),
         ({"recovery": 0.88}, "recovery 0.88, ladder adaptive"),
         ({"recovery": 0.0}, "recovery 0, ladder adaptive"),
         ({"ladder": "paper"}, "recovery 0.95, ladder paper"),

@@ -1,5 +1,6 @@
-// The profiling pass of peaks: the most attention that each key receives of one query. One task owns
-// a tile of keys of a head and runs over all queries, so no two tasks write the same peaks.
+// The profiling pass of peaks: the most attention that each key receives of one query, and the sum
+// over queries. One task owns a tile of keys of a head and runs over all queries, so no two tasks
+// write the same keys.
 
 struct PeaksTask {
   const AttentionPeaks* a;
@@ -19,8 +20,7 @@ static void peaks_task(void* context, int64_t i) {
   int64_t num_rows = a.num_queries * G, r = 0;
   if (first_key > a.first_position)  // queries before the tile see none of it
     r = (first_key - a.first_position + a.position_step - 1) / a.position_step * G / kRows * kRows;
-  vf best[kTile / W];  // in log2
-  for (int v = 0; v < kTile / W; ++v) best[v] = splat(kMinusInfinity);
+  alignas(64) float peaks[kTile] = {}, sums[kTile] = {};
   for (; r < num_rows; r += kRows) {
     alignas(64) float scores[kRows * kTile];
     tile_scores<Lane>(rows + r * lanes, lanes, keys, scores);
@@ -31,16 +31,19 @@ static void peaks_task(void* context, int64_t i) {
       for (int v = 0; v < kTile / W; ++v) {
         vf x = load(scores + (j - r) * kTile + v * W) * scale + minus_lse;
         if (far < kTile - 1) x = iota() + v * W <= (int32_t)far ? x : splat(kMinusInfinity);
-        best[v] = vmax(best[v], x);
+        // Rounding can put a score a little above its row's log-sum-exp.
+        vf p = exp2_nonpositive(x < 0.0f ? x : splat(0.0f));
+        store(peaks + v * W, vmax(load(peaks + v * W), p));
+        store(sums + v * W, load(sums + v * W) + p);
       }
     }
   }
-  alignas(64) float peaks[kTile];
-  for (int v = 0; v < kTile / W; ++v)  // rounding can put a score a little above its log-sum-exp
-    store(peaks + v * W, exp2_nonpositive(best[v] < 0.0f ? best[v] : splat(0.0f)));
-  float* to = a.peaks + head * a.peaks_stride + first_key;
-  for (int64_t k = 0; k < lower(kTile, a.num_keys - first_key); ++k)
-    to[k] = peaks[k] > to[k] ? peaks[k] : to[k];
+  int64_t offset = head * a.key_stride + first_key;
+  for (int64_t k = 0; k < lower(kTile, a.num_keys - first_key); ++k) {
+    float* peak = a.peaks + offset + k;
+    *peak = peaks[k] > *peak ? peaks[k] : *peak;
+    a.sums[offset + k] += sums[k];
+  }
 }
 
 template <class T>

@@ -142,18 +142,21 @@ void attention_mass(const Tensor& query, const Tensor& pages, const Tensor& page
 
 void attention_peaks(const Tensor& query, const Tensor& pages, const Tensor& page_table,
                      int64_t num_keys, const Tensor& lse, int64_t first_position,
-                     int64_t position_step, double scale, const Tensor& peaks) {
+                     int64_t position_step, double scale, const Tensor& peaks,
+                     const Tensor& sums) {
   AttentionPeaks a{prefill_arguments(query, pages, page_table, num_keys, scale)};
   check_lse(lse, query);
-  TORCH_CHECK(peaks.dim() == 2 && peaks.size(0) == query.size(1) && peaks.size(1) >= num_keys &&
-                  peaks.stride(1) == 1,
-              "fastgen: peaks must be [H, keys]");
+  for (const Tensor& t : {peaks, sums})
+    TORCH_CHECK(t.dim() == 2 && t.size(0) == query.size(1) && t.size(1) >= num_keys &&
+                    t.stride(1) == 1 && t.stride(0) == peaks.stride(0),
+                "fastgen: peaks and sums must be [H, keys]");
   a.first_position = first_position;
   a.position_step = position_step;
   a.lse = lse.data_ptr<float>();
   a.lse_stride = lse.stride(0);
   a.peaks = peaks.data_ptr<float>();
-  a.peaks_stride = peaks.stride(0);
+  a.sums = sums.data_ptr<float>();
+  a.key_stride = peaks.stride(0);
   kernels().attention_peaks(a);
 }
 
@@ -289,7 +292,7 @@ TORCH_LIBRARY(fastgen, m) {
       attention_mass);
   m.def(
       "attention_peaks(Tensor query, Tensor pages, Tensor page_table, int num_keys, Tensor lse, "
-      "int first_position, int position_step, float scale, Tensor(a!) peaks) -> ()",
+      "int first_position, int position_step, float scale, Tensor(a!) peaks, Tensor(b!) sums) -> ()",
       attention_peaks);
   m.def(
       "decode_attention(Tensor query, Tensor pages, Tensor positions, Tensor rows, "

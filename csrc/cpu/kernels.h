@@ -46,7 +46,8 @@ struct AttentionPeaks : Prefill {
   const float* lse;  // [num_queries, num_heads * group]
   int64_t lse_stride;
   float* peaks;  // [num_heads, *]
-  int64_t peaks_stride;
+  float* sums;
+  int64_t key_stride;
 };
 
 struct DecodeAttention {

@@ -55,7 +55,8 @@ class PromptKeys:
 
 @dataclass(frozen=True)
 class ProfiledQueries:
-    """Prompt queries at ``first_position + i * position_step``, in one layer.
+    """Prompt queries at ``first_position + i * position_step``, in one layer. They look at keys up
+    to their position, and at none where it is negative.
 
     Attributes:
         query: ``[c, H, G, D]``.
@@ -174,7 +175,12 @@ class Kernels(Protocol):
     ) -> None: ...
 
     def attention_peaks(
-        self, queries: ProfiledQueries, keys: PromptKeys, scale: float, peaks: torch.Tensor
+        self,
+        queries: ProfiledQueries,
+        keys: PromptKeys,
+        scale: float,
+        peaks: torch.Tensor,
+        sums: torch.Tensor,
     ) -> None: ...
 
     def plan_decode(self, pages: Pages, heads: HeadState, batch: DecodeBatch) -> torch.Tensor: ...

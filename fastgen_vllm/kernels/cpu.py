@@ -108,9 +108,13 @@ def attention_mass(
 
 
 def attention_peaks(
-    queries: ProfiledQueries, keys: PromptKeys, scale: float, peaks: torch.Tensor
+    queries: ProfiledQueries,
+    keys: PromptKeys,
+    scale: float,
+    peaks: torch.Tensor,
+    sums: torch.Tensor,
 ) -> None:
-    torch.ops.fastgen.attention_peaks(*_profiled(queries, keys), scale, peaks)
+    torch.ops.fastgen.attention_peaks(*_profiled(queries, keys), scale, peaks, sums)
 
 
 def _profiled(queries: ProfiledQueries, keys: PromptKeys) -> tuple[Any, ...]:

@@ -131,16 +131,22 @@ def attention_mass(
 
 
 def attention_peaks(
-    queries: ProfiledQueries, keys: PromptKeys, scale: float, peaks: torch.Tensor
+    queries: ProfiledQueries,
+    keys: PromptKeys,
+    scale: float,
+    peaks: torch.Tensor,
+    sums: torch.Tensor,
 ) -> None:
-    """Raise ``peaks`` to the most attention that each key receives of one query and query head.
+    """Raise ``peaks`` to the most attention that each key receives of one query and query head, and
+    add what it receives of all to ``sums``.
 
     Args:
-        peaks: float32 ``[H, >= num_keys]``, updated in place.
+        peaks, sums: float32 ``[H, >= num_keys]``, updated in place.
     """
-    peaks = peaks[:, : keys.num_keys]
+    peaks, sums = peaks[:, : keys.num_keys], sums[:, : keys.num_keys]
     for _, probs in _attention_of(queries, keys, scale):
         peaks.copy_(torch.maximum(peaks, probs.amax(dim=(1, 2))))
+        sums += probs.sum(dim=(1, 2))
 
 
 def decode_attention(

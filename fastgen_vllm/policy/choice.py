@@ -16,10 +16,11 @@ import torch
 
 from fastgen_vllm.kernels.contract import UNBOUNDED, HeadRules
 from fastgen_vllm.policy.hybrids import Ladder
-from fastgen_vllm.policy.tokens import CLASS_BITS
+from fastgen_vllm.policy.observed import Observed
+from fastgen_vllm.policy.tokens import CLASS_BITS, PROTECTED
 from fastgen_vllm.tensors import ceil_ratio, layers_at_once, to_device
 
-QueryWeighting = Literal["uniform", "recent", "last"]
+QueryWeighting = Literal["uniform", "recent", "last", "end"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Profiling:
     Attributes:
         weighting: ``uniform``; ``recent``: ``min(1, window / d)`` for the query ``d`` before the
             prompt's end (1 for the last), with every 2nd, 4th, ... of the far ones standing for
-            the others; ``last``: the last ``window`` queries only.
+            the others; ``last``: the last ``window`` queries only; ``end``: as ``recent``, but
+            the last 128 only, and those of a system prompt count a fifth of that.
         window: queries.
         pooling: a key's rank is the best score among this many keys around it.
         least_window: tokens; a head that is not full keeps at least the last so many, generated
@@ -38,8 +40,11 @@ class Profiling:
             the softmax together whatever they are.
         value_weighting: weigh attention on a key by the norm of its value, that is by what it
             adds to the output; sinks get much attention and add next to nothing.
-        peaks: gather the most attention that a key receives of one query, not the sum over queries
-            by distance.
+        peaks: gather the most attention that a key receives of one query at least
+            ``least_window`` tokens later, not the sum over queries by distance. What is nearer
+            moves along with the queries.
+        decode_window: tokens; while decoding, a head that is not full keeps at least the last so
+            many.
     """
 
     weighting: QueryWeighting
@@ -49,6 +54,7 @@ class Profiling:
     num_sinks: int
     value_weighting: bool
     peaks: bool = False
+    decode_window: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,14 @@ class Goal:
     share of the full cache's memory. The other one is None.
 
     ``least_tokens``: a budget leaves a prompt the memory of at least so many tokens.
+    ``least_recovery``: and as much as it needs to recover this share of the attention, on average
+    over its heads.
     """
 
     threshold: float | None
     budget: float | None
     least_tokens: int = 1
+    least_recovery: float = 0.0
 
     @property
     def keeps_everything(self) -> bool:
@@ -75,13 +84,14 @@ class PromptStats:
     Attributes:
         mass: float32 ``[L, H, G, n, B + 1]``, the attention that each key receives of the queries,
             which count as ``Profiling`` says, by distance bucket. The buckets are bounded by
-            ``Ladder.windows``. ``G`` is 1 where the group's mean is all that is asked. Without keys
-            where peaks are gathered.
+            ``Ladder.windows``; there is one where peaks are gathered. ``G`` is 1 where the group's
+            mean is all that is asked.
         value_norms: float32 ``[L, H, n]``, what attention on a key counts.
         scores: float32 ``[L, H, n]``, the order among keys for the frequent component.
         sums: float32 ``[L, H, n]``, where the sums of the decode steps go on from.
         token_classes: uint8 ``[n]``, sinks among the special tokens.
         page_size: slots per page, the unit of memory.
+        observed: for methods that need the model, where it was gathered.
     """
 
     mass: torch.Tensor
@@ -91,10 +101,17 @@ class PromptStats:
     token_classes: torch.Tensor
     page_size: int
     profiling: Profiling
+    observed: Observed | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.scores.shape[-1]
+
+    @property
+    def seen(self) -> Observed:
+        """``observed``, for a method that is never run without it."""
+        assert self.observed is not None, "such a method runs in `fastgen eval` only"
+        return self.observed
 
     @cached_property
     def order(self) -> torch.Tensor:
@@ -105,14 +122,15 @@ class PromptStats:
         return order
 
     def shares(self, layers: slice) -> torch.Tensor:
-        """Weighted mass of some layers; a query head's sums to 1."""
+        """Weighted mass of some layers; a query head's sums to 1, or is nothing."""
         mass = self.mass[layers] * self.value_norms[layers][:, :, None, :, None]
-        return mass.div_(mass.sum((-1, -2), keepdim=True))
+        total = mass.sum((-1, -2), keepdim=True)
+        return mass.div_(total.clamp(min=torch.finfo(total.dtype).tiny))
 
     def with_sinks_alone(self) -> PromptStats:
-        """The same, with no sticky tokens but the sinks."""
-        none = torch.zeros_like(self.token_classes)
-        return replace(self, token_classes=with_sinks(none, self.profiling.num_sinks))
+        """The same, with no sticky tokens but the sinks and protected ones."""
+        rest = self.token_classes & PROTECTED
+        return replace(self, token_classes=with_sinks(rest, self.profiling.num_sinks))
 
 
 def with_sinks(token_classes: torch.Tensor, num_sinks: int) -> torch.Tensor:
@@ -204,7 +222,7 @@ def _rungs_by_window(ladder: Ladder, stats: PromptStats) -> dict[int, list[_Rung
     members: dict[tuple[int, int], list[int]] = {}
     for i, (hybrid, window) in enumerate(zip(ladder.hybrids, ladder.widths(n), strict=True)):
         if not hybrid.full:
-            members.setdefault((window, hybrid.sticky_kinds), []).append(i)
+            members.setdefault((window, hybrid.sticky_kinds | PROTECTED), []).append(i)
     places: dict[int, tuple[torch.Tensor, list[int]]] = {}
     for _, kinds in members:
         if kinds not in places:
@@ -281,6 +299,11 @@ def reach_threshold(ladder: Ladder, stats: PromptStats, threshold: float) -> Cho
     return _take(ladder, stats, found, torch.where(cost == cost.amin(0), found.recovery, -1.0))
 
 
+def pages_within(share: float, num_pages: int) -> int:
+    """Whole pages of a share: 0.29 of 100 are 29, though the product of floats is a little less."""
+    return int(share * num_pages + 1e-6)
+
+
 def share_budget(ladder: Ladder, stats: PromptStats, budget: float) -> Choice:
     """The hybrids of highest total recovery whose memory is at most ``budget`` of the full cache's,
     or the cheapest of every head where even those need more.
@@ -289,7 +312,7 @@ def share_budget(ladder: Ladder, stats: PromptStats, budget: float) -> Choice:
     no prompt can undo it.
     """
     found = evaluate(ladder, stats)
-    if int(found.pages.min()) > budget * int(found.pages.max()):
+    if int(found.pages.min()) > pages_within(budget, int(found.pages.max())):
         bare = stats.with_sinks_alone()
         less = evaluate(ladder, bare)
         if int(less.pages.min()) < int(found.pages.min()):
@@ -312,7 +335,7 @@ def _share(ladder: Ladder, found: Evaluation, budget: float) -> torch.Tensor:
     full = torch.tensor([hybrid.full for hybrid in ladder.hybrids])
     recovery[(found.pages == found.pages.max()) & ~full] = 0.0  # full needs no more
     pages = found.pages[:, None].expand(recovery.shape)
-    room = int(budget * pages.max() * pages.shape[1])
+    room = pages_within(budget, int(pages.max()) * pages.shape[1])
     low, high = 0.0, 1.0
     for _ in range(40):
         price = (low + high) / 2

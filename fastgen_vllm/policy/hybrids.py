@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastgen_vllm.kernels.contract import UNBOUNDED, HeadRules
-from fastgen_vllm.policy.tokens import CLASS_BITS, TOKEN_CLASSES
+from fastgen_vllm.policy.tokens import CLASS_BITS, PROTECTED, TOKEN_CLASSES
 from fastgen_vllm.tensors import RATIO_UNIT, ceil_ratio, to_device
 
 
@@ -104,15 +104,18 @@ class Ladder:
         least_window: int,
         averages: bool = False,
         device: torch.device | str = "cpu",
+        decode_window: int = 1,
     ) -> Ladder:
-        """``averages``: scores are compared divided by the queries that saw the token."""
+        """``averages``: scores are compared divided by the queries that saw the token.
+        ``decode_window``: while decoding the local window is never narrower, ``least_window`` being
+        that of the prompt."""
         columns = zip(
             *(
                 (
-                    hybrid.sticky_kinds,
+                    hybrid.sticky_kinds if hybrid.full else hybrid.sticky_kinds | PROTECTED,
                     hybrid.units("frequent"),
                     hybrid.units("local"),
-                    UNBOUNDED if hybrid.full else least_window,
+                    UNBOUNDED if hybrid.full else max(least_window, decode_window),
                     hybrid.frequent > 0,
                     averages,
                 )
@@ -152,7 +155,7 @@ def hybrids_of(rules: HeadRules) -> list[Hybrid]:
     return [_hybrid_of(*row) for row in columns.tolist()]
 
 
-@cache
+@lru_cache(maxsize=1 << 14)
 def _hybrid_of(sticky_kinds: int, frequent: int, local: int, least_window: int) -> Hybrid:
     if least_window == UNBOUNDED:
         return FULL

@@ -26,6 +26,9 @@ TOKEN_CLASSES = ("special", *TEXT_CLASSES)
 CLASS_BITS = {name: 1 << i for i, name in enumerate(TOKEN_CLASSES)}
 """A class's bit in a byte of token classes, which is all that kernels know of it."""
 
+PROTECTED = 1 << 7
+"""The bit of prompt tokens that every policy keeps for good: see ``policy/protect.py``."""
+
 
 def token_classes(
     tokenizer: Any, vocab_size: int, extra_special_tokens: Sequence[str] = ()

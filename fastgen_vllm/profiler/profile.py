@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.config import FastGenConfig, Plan
 from fastgen_vllm.kernels.contract import Kernels, ProfiledQueries, PromptKeys
 from fastgen_vllm.policy.choice import Choice, Goal, PromptStats, with_sinks
-from fastgen_vllm.policy.hybrids import Ladder
-from fastgen_vllm.policy.methods import METHODS
+from fastgen_vllm.policy.observed import Observed
 from fastgen_vllm.profiler.queries import query_runs
 from fastgen_vllm.tensors import to_device
 
@@ -42,39 +41,57 @@ class PromptChunk:
     scale: float
 
 
+@dataclass(frozen=True)
+class PromptTokens:
+    """What a profile must know of a prompt's tokens.
+
+    Attributes:
+        classes: uint8 ``[n]`` on the host.
+        num_protected: how many of them are marked so.
+        system: tokens of the system prompt, 0 where none is known.
+    """
+
+    classes: torch.Tensor
+    num_protected: int = 0
+    system: int = 0
+
+
 class PromptProfile:
     """Attention mass of one prompt, for all layers, and the choice that follows from it.
 
     Args:
-        ladder: the config's, on the device.
+        plan: the config's for such a goal, on the device.
         heads: of the model.
-        token_classes: uint8 ``[n]``, of the whole prompt, whose length is known when it arrives.
+        prompt: the whole of it, since its length is known when it arrives.
         page_size: slots per page.
     """
 
     def __init__(
         self,
         config: FastGenConfig,
-        ladder: Ladder,
+        plan: Plan,
         heads: ModelHeads,
-        token_classes: torch.Tensor,
+        prompt: PromptTokens,
         page_size: int,
         goal: Goal,
     ) -> None:
-        self.config, self.ladder, self.goal = config, ladder, goal
-        self.num_tokens, self.heads, self.page_size = len(token_classes), heads, page_size
-        device = token_classes.device
-        profiling = self.profiling = config.profiling
-        self.token_classes = with_sinks(token_classes, profiling.num_sinks)
-        self.bounds = to_device(torch.tensor(ladder.windows(self.num_tokens)), device)
+        self.config, self.plan, self.goal = config, plan, goal
+        self.num_tokens, self.heads, self.page_size = len(prompt.classes), heads, page_size
+        self.num_protected = prompt.num_protected
+        device = plan.ladder.rules.sticky_kinds.device
+        profiling = self.profiling = plan.profiling
+        self.token_classes = to_device(with_sinks(prompt.classes, profiling.num_sinks), device)
+        self.bounds = to_device(torch.tensor(plan.ladder.windows(self.num_tokens)), device)
         groups = heads.group_size if config.group_reduction == "min" else 1
         shape = (heads.num_layers, heads.num_kv_heads)
         self.mass = torch.zeros((*shape, groups, 0, len(self.bounds) + 1), device=device)
-        self.peaks = torch.zeros((*shape, 0), device=device)
+        self.peaks = torch.zeros((2, *shape, 0), device=device)
+        """Of one query, and the sum over queries."""
         self.value_norms = torch.ones((*shape, 0), device=device)
-        self.runs, weights = query_runs(
-            profiling.weighting, profiling.window, config.query_sampling, self.num_tokens
-        )
+        self.observed: Observed | None = None
+        """For methods that need the model: whoever runs them sets it."""
+        how = (profiling.weighting, profiling.window, config.query_sampling)
+        self.runs, weights = query_runs(*how, self.num_tokens, prompt.system)
         # Kernels take weights up to 1. Only shares of the mass count, so it stays in this unit.
         self.most_weight = max(1.0, float(weights.max()))
         self.log_weights = to_device((weights / self.most_weight).log(), device)
@@ -115,16 +132,54 @@ class PromptProfile:
                 continue
             own = slice(first - start, end - start, run.step)
             lse = chunk.lse[own] - self.log_weights[first : end : run.step, None, None]
-            queries = ProfiledQueries(chunk.query[own], lse, first, run.step)
             keys = replace(chunk.keys, num_keys=end)
             if self.profiling.peaks:
-                kernels.attention_peaks(queries, keys, chunk.scale, self.peaks[layer])
+                # Queries that stood further back would see what these see of far keys.
+                stood = first - self.profiling.least_window
+                queries = ProfiledQueries(chunk.query[own], lse, stood, run.step)
+                kernels.attention_peaks(queries, keys, chunk.scale, *self.peaks[:, layer])
             else:
+                queries = ProfiledQueries(chunk.query[own], lse, first, run.step)
                 kernels.attention_mass(queries, keys, self.bounds, chunk.scale, self.mass[layer])
 
     def finish(self) -> Choice:
-        """What the heads keep. Every chunk and layer has been added."""
-        return METHODS[self.config.method].choose(self.ladder, self.stats(), self.goal)
+        """What the heads keep. Every chunk and layer has been added.
+
+        A budget is of what is not protected, and rises until enough is recovered; ``goal`` is then
+        what it rose to.
+        """
+        stats, goal = self.stats(), self.goal
+        if goal.budget is not None:
+            protected = self.num_protected / self.num_tokens
+            goal = replace(goal, budget=protected + goal.budget * (1 - protected))
+        choice = self.plan.method.choose(self.plan.ladder, stats, goal)
+        if goal.least_recovery and float(choice.recovery.mean()) < goal.least_recovery:
+            goal, choice = self._enough(stats, goal)
+        self.goal = goal
+        return choice
+
+    @property
+    def budget(self) -> float | None:
+        """What the prompt is given."""
+        if self.goal.budget is None:
+            return None
+        return min(1.0, max(self.goal.budget, self.goal.least_tokens / self.num_tokens))
+
+    def _enough(self, stats: PromptStats, goal: Goal) -> tuple[Goal, Choice]:
+        """The lowest budget that recovers enough, to a thousandth, and its choice."""
+        assert goal.budget is not None
+        low, high, enough = goal.budget, 1.0, replace(goal, budget=1.0)
+        shape = (self.heads.num_layers, self.heads.num_kv_heads, self.num_tokens)
+        choice = Choice.everything(shape, stats.scores.device)
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            tried = replace(goal, budget=middle)
+            found = self.plan.method.choose(self.plan.ladder, stats, tried)
+            if float(found.recovery.mean()) >= goal.least_recovery:
+                high, enough, choice = middle, tried, found
+            else:
+                low = middle
+        return enough, choice
 
     def _mass_of_keys(self) -> torch.Tensor:
         """float32 ``[L, H, n]``, of all distances and the whole group, in units of queries."""
@@ -133,7 +188,11 @@ class PromptProfile:
 
     def stats(self) -> PromptStats:
         """What the choice is made from."""
-        scores = self.peaks if self.profiling.peaks else self._mass_of_keys()
+        mass, scores = self.mass, self.peaks[0]
+        if self.profiling.peaks:
+            mass = self.peaks[1][:, :, None, :, None]
+        else:
+            scores = self._mass_of_keys()
         seen_by = torch.arange(self.num_tokens, 0, -1, device=scores.device)
         averages, pooling = self.config.frequent_score == "mean", self.profiling.pooling
         if averages:
@@ -141,11 +200,12 @@ class PromptProfile:
         if pooling > 1:
             scores = torch.nn.functional.max_pool1d(scores, pooling, 1, pooling // 2)
         return PromptStats(
-            self.mass,
+            mass,
             self.value_norms,
             scores,
             scores * seen_by if averages else scores,
             self.token_classes,
             self.page_size,
             self.profiling,
+            self.observed,
         )

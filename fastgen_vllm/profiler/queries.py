@@ -11,6 +11,12 @@ import torch
 if TYPE_CHECKING:
     from fastgen_vllm.config import QueryWeighting
 
+END_QUERIES = 128
+"""With ``end`` weighting, the last so many queries are looked at,"""
+
+SYSTEM = 0.2
+"""and those of a system prompt count so much of what others do."""
+
 THINNED_FROM = 128
 """With ``recent`` weighting, every 2nd query is looked at from this distance to the last one on,
 every 4th from twice that distance on, and so forth: 64 queries for each doubling."""
@@ -26,7 +32,7 @@ class QueryRun:
 
 
 def query_runs(
-    weighting: QueryWeighting, window: int, sampling: int, num_tokens: int
+    weighting: QueryWeighting, window: int, sampling: int, num_tokens: int, system: int = 0
 ) -> tuple[list[QueryRun], torch.Tensor]:
     """The queries that are looked at, and what each counts with those that it stands for.
 
@@ -34,8 +40,9 @@ def query_runs(
     how the prompt was chunked.
 
     Args:
-        weighting, window: see ``config.Profiling``.
+        weighting, window: see ``policy.choice.Profiling``.
         sampling: of those queries, every s-th.
+        system: tokens of the system prompt, which ``end`` weighting asks for.
 
     Returns:
         the runs, the last queries first, and weights float32 ``[n]``, 0 for the other queries.
@@ -44,6 +51,11 @@ def query_runs(
     each = torch.ones(num_tokens, dtype=torch.float64)
     if weighting == "last":
         bounds[1] = min(window, num_tokens)
+    elif weighting == "end":
+        distance = torch.arange(1, num_tokens + 1).double()
+        of_system = distance > num_tokens - system
+        each = (window / distance).clamp(max=1.0) * torch.where(of_system, SYSTEM, 1.0)
+        bounds[1] = min(END_QUERIES, num_tokens)
     elif weighting == "recent":
         each = (window / torch.arange(1, num_tokens + 1).double()).clamp(max=1.0)
         bounds[1] = min(THINNED_FROM, num_tokens)

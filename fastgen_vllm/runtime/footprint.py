@@ -70,9 +70,9 @@ def for_prompts(config: FastGenConfig, load: Load) -> int:
 
     Beside prompts that are under way a step can hold other prompts' first chunks, or short ones.
     """
-    ladder = config.ladder_on("cpu")
     groups = load.group_size if config.group_reduction == "min" else 1
-    mass = 4 * groups * (len(ladder.windows(load.longest)) + 1)
+    plans = [config.plan_for(goal) for goal in config.goals]
+    mass = 4 * groups * max(len(plan.ladder.windows(load.longest)) + 1 for plan in plans)
     tokens = load.partial * load.longest + load.tokens_per_step
     one_layer = load.num_kv_heads * load.longest
     together = min(max(MOST_AT_ONCE, one_layer), one_layer * load.num_layers)

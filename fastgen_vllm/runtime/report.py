@@ -12,12 +12,23 @@ from fastgen_vllm.cache import check_pages
 
 @dataclass(frozen=True)
 class Kept:
-    """What a request kept after its prompt."""
+    """What a request kept after its prompt.
+
+    Attributes:
+        budget: what it was given, with what is protected and what was needed for its recovery;
+            None where it was not given one.
+        recovery: the share of its last queries' attention that is kept, on average over heads;
+            None where that is not known.
+        protected_tokens: of the prompt, kept in every head because it was asked for.
+    """
 
     kept_slots: int
     total_slots: int
     vacated_blocks: int
     policy_heads: dict[str, int]
+    budget: float | None = None
+    recovery: float | None = None
+    protected_tokens: int = 0
 
 
 @dataclass

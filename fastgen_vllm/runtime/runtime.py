@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from fastgen_vllm.cache import Compacted, HeadTables, PagePool, compact
-from fastgen_vllm.config import FastGenConfig, RequestOverride
+from fastgen_vllm.config import FastGenConfig, Plan, RequestOverride
 from fastgen_vllm.kernels import Kernels, PromptKeys, select
 from fastgen_vllm.policy.choice import Choice, Goal
 from fastgen_vllm.policy.hybrids import hybrids_of
-from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile
+from fastgen_vllm.policy.protect import SystemPrompts, protect
+from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile, PromptTokens
 from fastgen_vllm.runtime.report import Kept, PendingReport, StepReport
 from fastgen_vllm.runtime.step import Prefill, PrefillChunk, Step
 from fastgen_vllm.tensors import to_device
+
+NO_SYSTEM_PROMPTS = SystemPrompts()
 
 
 class Runtime:
@@ -28,6 +32,7 @@ class Runtime:
         max_requests: most that decode at once.
         report_lag: steps that are under way when the scheduler reads a report: 0 where it waits
             for each, 1 with asynchronous scheduling.
+        system_prompts: how the model's chats begin.
 
     Attributes:
         kernels: what runs; ``why_not_faster`` says why it is not the fastest, or is empty.
@@ -45,12 +50,15 @@ class Runtime:
         group_size: int,
         max_requests: int = 8,
         report_lag: int = 0,
+        system_prompts: SystemPrompts = NO_SYSTEM_PROMPTS,
     ) -> None:
         self.config, self.token_classes, self.report_lag = config, token_classes, report_lag
+        self._classes_on_host = token_classes.cpu()
         self.pool = PagePool.over(kv)
         self.heads = ModelHeads(self.pool.num_layers, self.pool.num_kv_heads, group_size)
         self.tables = HeadTables(self.pool, max_requests)
-        self.ladder = config.ladder_on(kv.device)
+        self._plans: dict[bool, Plan] = {}
+        self._system_prompts = system_prompts
         size = kv.shape[-1] // 2
         selected = select(config.kernels, kv.device.type, size, kv.dtype, group_size)
         self.kernels, self.why_not_faster = selected
@@ -65,15 +73,32 @@ class Runtime:
         goal, n = self.config.goal_of(override), len(token_ids)
         compresses = override.fastgen_compress and not goal.keeps_everything
         long_enough = n >= self.config.min_prompt_tokens
-        profile = self.new_profile(token_ids, goal) if compresses and long_enough else None
+        profile = None
+        if compresses and long_enough:
+            profile = self.new_profile(token_ids, goal, override)
         self.prefills[request_id] = Prefill(n, profile)
 
-    def new_profile(self, token_ids: Sequence[int], goal: Goal) -> PromptProfile:
+    def prompt_tokens(
+        self, config: FastGenConfig, token_ids: Sequence[int], override: RequestOverride
+    ) -> PromptTokens:
+        """A prompt's tokens, with those marked that the settings or the request protect."""
+        classes = self._classes_on_host[torch.tensor(token_ids, dtype=torch.int64)]
+        system = self._system_prompts.length(token_ids)
+        by_role = (override.fastgen_protect or config.protect) == "system"
+        spans = [(0, system)] if by_role else override.spans
+        return PromptTokens(*protect(classes, spans, config.protect_limit), system)
+
+    def new_profile(
+        self, token_ids: Sequence[int], goal: Goal, override: RequestOverride
+    ) -> PromptProfile:
         """The profile of a prompt that begins."""
-        on_host = torch.tensor(token_ids, dtype=torch.int64)
-        classes = self.token_classes[to_device(on_host, self.token_classes.device)]
+        prompt = self.prompt_tokens(self.config, token_ids, override)
         block_size = self.pool.block_size
-        return PromptProfile(self.config, self.ladder, self.heads, classes, block_size, goal)
+        by_budget = goal.budget is not None
+        if by_budget not in self._plans:  # a method of the literature has one budget
+            self._plans[by_budget] = self.config.plan_for(goal, self.pool.kv.device)
+        plan = self._plans[by_budget]
+        return PromptProfile(self.config, plan, self.heads, prompt, block_size, goal)
 
     def release(self, request_id: str) -> None:
         """The request finished, was aborted or was preempted: its blocks are not its own now."""
@@ -231,7 +256,15 @@ class Runtime:
         done = self.install(request_id, chunk.blocks.tolist(), choice)
         kinds = Counter(hybrid.kind for hybrid in hybrids_of(choice.rules))
         report.vacated[request_id] = done.vacated
-        report.kept[request_id] = Kept(done.kept_slots, total, len(done.vacated), dict(kinds))
+        kept = Kept(done.kept_slots, total, len(done.vacated), dict(kinds))
+        if prefill.profile is not None and self.config.method == "fastgen":
+            kept = replace(
+                kept,
+                budget=prefill.profile.budget,
+                recovery=float(choice.recovery.mean()),
+                protected_tokens=prefill.profile.num_protected,
+            )
+        report.kept[request_id] = kept
 
     def install(self, request_id: str, blocks: Sequence[int], choice: Choice) -> Compacted:
         """Enter a prompt that lies in ``blocks``, in token order, and compact it to the choice."""

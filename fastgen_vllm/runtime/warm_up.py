@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fastgen_vllm.config import RequestOverride
@@ -11,16 +13,22 @@ from fastgen_vllm.runtime.runtime import Runtime
 
 
 def warm_up(runtime: Runtime) -> None:
-    """Run a made-up request, so that no user's request waits for kernels to be compiled.
+    """Run made-up requests, so that no user's request waits for kernels to be compiled.
 
-    Nobody may own a block yet: it uses some, and leaves nothing but K and V there. It is short, and
-    compressed however short it is.
+    Nobody may own a block yet: they use some, and leave nothing but K and V there. They are short,
+    and compressed however short they are.
     """
+    for goal in runtime.config.goals:
+        if not goal.keeps_everything:
+            _run(runtime, replace(goal, least_tokens=1))
+
+
+def _run(runtime: Runtime, goal: Goal) -> None:
     pool, name = runtime.pool, "warm-up"
     tokens = [0] * (8 * pool.block_size)
     driver = Driver(runtime)
     driver.begin(name, tokens, RequestOverride())
-    runtime.prefills[name].profile = runtime.new_profile(tokens, Goal(None, 0.5))
+    runtime.prefills[name].profile = runtime.new_profile(tokens, goal, RequestOverride())
     n = len(tokens)
     for num_tokens in (n, 1):
         step = driver.start_step({name: num_tokens})

@@ -29,14 +29,18 @@ class Child:
 
     Args:
         name: what errors call the child.
-        module: the Python module to run, which answers through ``Jobs``.
+        program: the Python module to run, which answers through ``Jobs``; or the path of a script,
+            for a Python that does not have this package.
+        python: what runs it, by default this Python.
     """
 
-    def __init__(self, name: str, module: str) -> None:
+    def __init__(self, name: str, program: str | Path, python: str | Path = sys.executable) -> None:
         self.name = name
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        # Isolated: what this Python imports, and the script's neighbours, are nothing to another's.
+        how = ("-m", program) if isinstance(program, str) else ("-I", program)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [python, *how],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -108,8 +108,11 @@ def evaluate(  # noqa: PLR0913 - a parameter for every option
     settings: options.Settings = "{}",
     texts: options.Texts = DEMO_TEXTS,
     length: options.Lengths = None,
+    task: options.EvalTasks = None,
+    half: options.Half = "second",
     json_path: options.EvalJson = Path("out/eval.json"),
     quick: options.QuickEval = False,
+    kvpress: options.Kvpress = None,
     lm_eval: options.Tasks = None,
     lm_eval_path: options.TaskFolder = None,
     limit: options.Limit = None,
@@ -120,6 +123,7 @@ def evaluate(  # noqa: PLR0913 - a parameter for every option
     No model or data set is downloaded.
     """
     from fastgen_vllm.tools.eval import compare, report
+    from fastgen_vllm.tools.eval import kvpress as presses
 
     extra, engine = json_object("--settings", settings), json_object("--engine-args", engine_args)
     own = FastGenConfig.from_dict(extra)
@@ -135,16 +139,16 @@ def evaluate(  # noqa: PLR0913 - a parameter for every option
         raise InputError(
             f"--settings names the method {own.method!r}. Name methods to compare with by --method."
         )
+    budgets = budget or (compare.QUICK_BUDGETS if quick else compare.BUDGETS)
     compared = compare.variants(
         method or compare.PEER_METHODS,
-        budget or (compare.QUICK_BUDGETS if quick else compare.BUDGETS),
+        budgets,
         recovery or (compare.QUICK_RECOVERIES if quick else compare.RECOVERIES),
         extra,
     )
-    load = compare.QUICK_LOAD if quick else compare.FULL_LOAD
-    if length:
-        load = replace(load, lengths=tuple(length))
-    _write(report, compare.run_eval(str(model), texts, load, compared, extra), json_path)
+    load = compare.load_of(quick, length, task, half)
+    peers = presses.of(kvpress, budgets) if kvpress else None
+    _write(report, compare.run_eval(str(model), texts, load, compared, extra, peers), json_path)
 
 
 @app.command()

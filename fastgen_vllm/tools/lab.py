@@ -16,12 +16,16 @@ import torch
 
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.policy.choice import Choice, Goal
+from fastgen_vllm.policy.methods import EVAL_ONLY
+from fastgen_vllm.policy.observed import Observed
+from fastgen_vllm.policy.protect import SystemPrompts
 from fastgen_vllm.policy.tokens import token_classes
 from fastgen_vllm.profiler.profile import PromptProfile
 from fastgen_vllm.runtime.driver import Driver
 from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.step import Step
 from fastgen_vllm.tools.models import ModelShape
+from fastgen_vllm.tools.observe import Observer
 
 _BASE = "base"
 
@@ -35,7 +39,11 @@ class Variant:
 
     @property
     def goal(self) -> Goal:
-        return self.config.goal_of(RequestOverride())
+        return self.config.goal
+
+    @property
+    def needs_model(self) -> bool:
+        return self.config.method in EVAL_ONLY and not self.goal.keeps_everything
 
 
 class _Profiles:
@@ -66,7 +74,9 @@ class Lab:
         ).eval()
         shape, config = ModelShape.from_config(self.model.config), self.model.config
         block_size = variants[0].config.block_size
-        classes = token_classes(self.tokenizer, config.vocab_size)
+        special = {token for v in variants for token in v.config.extra_special_tokens}
+        classes = token_classes(self.tokenizer, config.vocab_size, sorted(special))
+        self.end_tokens = _end_tokens(self.model, self.tokenizer)
         self.variants = list(variants)
         kv = torch.zeros(
             num_tokens // block_size,
@@ -76,15 +86,21 @@ class Lab:
             2 * shape.head_size,
         )
         settings, most = variants[0].config, len(variants) + 1
-        self.runtime = Runtime(settings, classes, kv, shape.group_size, max_requests=most)
+        chats = SystemPrompts.of(self.tokenizer)
+        self.runtime = Runtime(
+            settings, classes, kv, shape.group_size, max_requests=most, system_prompts=chats
+        )
         self.driver = Driver(self.runtime)
         self._step: Step | None = None
-        self.logits = torch.empty(0)
+        self._observer: Observer | None = None
+        self.logits = self._first = torch.empty(0)
         self.choices: dict[str, Choice] = {}
         """What each variant chose for the last prompt."""
+        self.observed: Observed | None = None
+        """The last prompt as the model computed it, where a variant needs that."""
 
     def prefill(self, tokens: list[int], chunk: int = 512) -> None:
-        """Encode a prompt and give every variant its compacted copy, named as the variant is.
+        """Encode a prompt and ``fork``.
 
         After it, ``logits`` is float32 ``[variants, vocabulary]``, of the token after the prompt.
         """
@@ -99,14 +115,34 @@ class Lab:
                 profiles.by_key.setdefault(key, self._profile(variant, tokens))
         if profiles.by_key:
             runtime.prefills[_BASE].profile = profiles  # type: ignore[assignment]
+        if any(variant.needs_model for variant in self.variants):
+            self._observer = Observer(self.model)
         for start in range(0, n, chunk):
             end = min(start + chunk, n)
             self._step = self.driver.start_step({_BASE: end - start})
             ids = torch.tensor(tokens[start:end])
             logits = self._forward(ids[None], torch.arange(start, end)[None])
-        self.logits = logits[:, -1].expand(len(self.variants), -1)
-        self._fork(tokens, profiles)
-        self.driver.end(_BASE)
+        self._first = logits[:, -1].expand(len(self.variants), -1)
+        if self._observer is not None:
+            blocks = self.driver.requests[_BASE].table
+            self.observed = self._observer.finish(runtime.pool, blocks)
+            self._observer = None
+        self.choices = {v.name: self._choose(v, tokens, profiles) for v in self.variants}
+        self.fork()
+
+    def fork(self) -> None:
+        """Give every variant a compacted copy of the prompt, named as the variant is; a copy that
+        has been decoded from is dropped."""
+        base, pool = self.driver.requests[_BASE], self.runtime.pool
+        storage = pool.kv.view(pool.num_blocks, -1)
+        for variant in self.variants:
+            if variant.name in self.driver.requests:
+                self.driver.end(variant.name)
+            own = self.driver.take(len(base.table))
+            for ours, theirs in zip(own, base.table, strict=True):
+                storage[ours] = storage[theirs]
+            self.driver.adopt(variant.name, base.tokens, own, self.choices[variant.name])
+        self.logits = self._first
 
     def decode(self, tokens: Sequence[int]) -> torch.Tensor:
         """Feed each variant one token; the next token's logits, float32 ``[variants, vocab]``."""
@@ -142,27 +178,16 @@ class Lab:
 
     def _profile_key(self, variant: Variant) -> tuple[Any, ...]:
         config = variant.config
-        windows = tuple(config.ladder_on().windows(8192))
-        profiling = config.profiling
+        plan = config.plan_for(variant.goal)
+        windows, profiling = tuple(plan.ladder.windows(8192)), plan.profiling
         how = (profiling.weighting, profiling.window, profiling.value_weighting, profiling.peaks)
         return (*how, config.group_reduction, config.query_sampling, windows)
 
     def _profile(self, variant: Variant, tokens: list[int]) -> PromptProfile:
         runtime, config = self.runtime, variant.config
-        classes = runtime.token_classes[torch.tensor(tokens)]
-        block_size = runtime.pool.block_size
-        ladder, goal = config.ladder_on(), variant.goal
-        return PromptProfile(config, ladder, runtime.heads, classes, block_size, goal)
-
-    def _fork(self, tokens: list[int], profiles: _Profiles) -> None:
-        pool, blocks = self.runtime.pool, self.driver.requests[_BASE].table
-        storage = pool.kv.view(pool.num_blocks, -1)
-        for variant in self.variants:
-            own = self.driver.take(len(blocks))
-            for ours, theirs in zip(own, blocks, strict=True):
-                storage[ours] = storage[theirs]
-            choice = self.choices[variant.name] = self._choose(variant, tokens, profiles)
-            self.driver.adopt(variant.name, tokens, own, choice)
+        prompt = runtime.prompt_tokens(config, tokens, RequestOverride())
+        plan, goal = config.plan_for(variant.goal), variant.goal
+        return PromptProfile(config, plan, runtime.heads, prompt, runtime.pool.block_size, goal)
 
     def _choose(self, variant: Variant, tokens: list[int], profiles: _Profiles) -> Choice:
         if variant.goal.keeps_everything:
@@ -172,7 +197,7 @@ class Lab:
         profile = self._profile(variant, tokens)
         gathered = profiles.by_key[self._profile_key(variant)]
         profile.mass, profile.value_norms = gathered.mass, gathered.value_norms
-        profile.peaks = gathered.peaks
+        profile.peaks, profile.observed = gathered.peaks, self.observed
         return profile.finish()
 
     @torch.inference_mode()
@@ -185,7 +210,16 @@ class Lab:
     ) -> tuple[torch.Tensor, None]:
         """``query``: ``[batch, H * G, length, D]``; batch or length is 1."""
         assert self._step is not None
+        if self._observer is not None:
+            self._observer.add(module, query, scaling)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = torch.empty_like(q)
         self.runtime.forward(self._step, module.layer_idx, q, k, v, output, scaling)
         return output.view(query.shape[0], query.shape[2], *output.shape[1:]), None
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Token ids that end an answer."""
+    known = model.generation_config.eos_token_id
+    ends = known if isinstance(known, list) else [known]
+    return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}

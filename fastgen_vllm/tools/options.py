@@ -54,8 +54,9 @@ QuickBench = Annotated[
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help="A method to compare with: peaks, or of the literature streaming, h2o, snapkv, "
-        "pyramidkv, adakv or random. May be given several times. By default it is all of them."
+        help="A method of the literature to compare with: streaming, h2o, snapkv, pyramidkv, "
+        "adakv, tova, criticalkv, defensivekv, expected_attention, keydiff or random. May be "
+        "given several times. By default it is all of them."
     ),
 ]
 Budgets = Annotated[
@@ -63,6 +64,14 @@ Budgets = Annotated[
     typer.Option(
         help="The share of the KV cache, from 0 to 1, that a method may keep. May be given "
         "several times, and each value is measured."
+    ),
+]
+Kvpress = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PYTHON",
+        help="Compare with the presses of kvpress too, that is with the peers' own code. It wants "
+        "an older transformers, so name the Python of a virtual environment that has it.",
     ),
 ]
 Texts = Annotated[
@@ -78,6 +87,21 @@ Lengths = Annotated[
         min=256,
         help="The length of the prompts in tokens. May be given several times. By default it "
         "is 1024 and 2048, or 1024 with --quick.",
+    ),
+]
+EvalTasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        help="A task: continuation, code, answers, retrieval, tools, instructions, chat or "
+        "few_shot. May be given several times. By default it is all of them.",
+    ),
+]
+Half = Annotated[
+    Literal["first", "second"],
+    typer.Option(
+        help="Which half of the texts, modules and functions prompts are made of. The default "
+        "settings were chosen on the first, and the documents' figures are of the second."
     ),
 ]
 EvalJson = Annotated[

@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.errors import FastGenConfigError
+from fastgen_vllm.policy.protect import SystemPrompts
 from fastgen_vllm.vllm_plugin.names import LOGGER
 from fastgen_vllm.vllm_plugin.settings import chosen, fastgen_config
 
@@ -32,15 +33,24 @@ def process_inputs(original: Callable[..., Any], processor: Any, *args: Any, **k
                 "the FASTGEN attention backend does not support streaming-input sessions: it "
                 "cannot add to a prompt that it has compressed; send each turn as a request"
             )
-        _check(fastgen_config(processor.vllm_config), request.sampling_params)
+        try:
+            _check(processor, request)
+        except FastGenConfigError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     return request
 
 
-def _check(config: FastGenConfig, sampling_params: Any) -> None:
-    try:
-        _read(config, sampling_params)
-    except FastGenConfigError as error:
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+def _check(processor: Any, request: Any) -> None:
+    override = _read(fastgen_config(processor.vllm_config), request.sampling_params)
+    if override.fastgen_protect == "system":
+        SystemPrompts.of(processor.get_tokenizer()).check("request.fastgen_protect", "system")
+    n = len(request.prompt_token_ids)
+    for first, end in override.spans:
+        if end > n:
+            raise FastGenConfigError(
+                f"request.fastgen_protect: [{first}, {end}] goes beyond the prompt's {n} tokens; "
+                "count tokens, with those of the chat template"
+            )
 
 
 def _read(config: FastGenConfig, sampling_params: Any) -> RequestOverride:

@@ -119,6 +119,9 @@ def _summary(kept: Kept) -> dict[str, Any]:
         "kv_kept_ratio": kept.kept_slots / kept.total_slots,
         "vacated_blocks": kept.vacated_blocks,
         "policy_heads": kept.policy_heads,
+        "kv_budget": kept.budget,
+        "kv_recovery": kept.recovery,
+        "protected_tokens": kept.protected_tokens,
     }
 
 

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.errors import FastGenConfigError
+from fastgen_vllm.policy.methods import EVAL_ONLY
 from fastgen_vllm.vllm_plugin.names import (
     ASYNC_SCHEDULER,
     BACKEND_NAME,
@@ -39,11 +40,18 @@ def fastgen_config(vllm_config: Any) -> FastGenConfig:
     """The engine's FastGen settings.
 
     Raises:
-        FastGenConfigError: as ``FastGenConfig.from_dict``.
+        FastGenConfigError: as ``FastGenConfig.from_dict``, and for a method that needs the model.
     """
     additional = vllm_config.additional_config
     settings = additional.get("fastgen", {}) if isinstance(additional, dict) else {}
-    return FastGenConfig.from_dict(settings)
+    config = FastGenConfig.from_dict(settings)
+    if config.method in EVAL_ONLY:
+        raise FastGenConfigError(
+            f"fastgen.method: {config.method!r} looks at weights and queries of the model that an "
+            "engine does not hand over, so it runs in `fastgen eval` only. Leave the setting out "
+            "for FastGen's own"
+        )
+    return config
 
 
 def create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.kernels import libraries
+from fastgen_vllm.policy.protect import SystemPrompts
 from fastgen_vllm.policy.tokens import token_classes
 from fastgen_vllm.runtime import footprint
 from fastgen_vllm.runtime.report import PendingReport
@@ -88,11 +89,11 @@ class FastGenWorkerMixin(WorkerBase):
         _check_alike("query heads", [layer.num_heads for layer in layers])
         kv = _pool_view([layer.kv_cache for layer in layers])
         config = fastgen_config(self.vllm_config)
-        classes = token_classes(
-            cached_tokenizer_from_config(model_config),
-            model_config.get_vocab_size(),
-            config.extra_special_tokens,
-        )
+        tokenizer = cached_tokenizer_from_config(model_config)
+        vocab_size = model_config.get_vocab_size()
+        classes = token_classes(tokenizer, vocab_size, config.extra_special_tokens)
+        system_prompts = SystemPrompts.of(tokenizer)
+        system_prompts.check("fastgen.protect", config.protect)
         if kv.device.type == "cuda":
             flash_attention.prefer()
         scheduler = self.vllm_config.scheduler_config
@@ -103,6 +104,7 @@ class FastGenWorkerMixin(WorkerBase):
             layers[0].num_heads // layers[0].num_kv_heads,
             scheduler.max_num_seqs,
             report_lag=int(bool(scheduler.async_scheduling)),
+            system_prompts=system_prompts,
         )
         logger.info("FASTGEN: %s kernels on %s", self.runtime.kernels.NAME, kv.device.type)
         if kv.device.type == "cuda":

@@ -9,7 +9,6 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from fastgen_vllm.kernels import HeadRules
-from fastgen_vllm.policy.hybrids import hybrids_of
 from helpers.paths import MODEL
 
 KOREAN = (
@@ -29,13 +28,14 @@ def english(num_chars: int, topic: str = "types", start: int = 0) -> str:
 
 @dataclass
 class Finished:
-    """One request's answer, and what its heads held step by step where traced."""
+    """One request's answer, and how its heads go on and what they held step by step, where
+    traced."""
 
     prompt: list[int]
     output: list[int]
     text: str
     info: dict[str, Any]
-    policy: list[list[int]] = field(default_factory=list)
+    rules: HeadRules | None = None
     kept: list[list[list[set[int]]]] = field(default_factory=list)
 
 
@@ -51,15 +51,10 @@ class Engine:
         self._count = 0
 
     @classmethod
-    def start(cls, kv_bytes: int, **options: Any) -> Engine:
+    def start(cls, kv_bytes: int, fastgen: dict[str, Any], **options: Any) -> Engine:
         from vllm import LLM
 
-        fastgen = {
-            "recovery": options.pop("recovery", 0.88),
-            "ladder": options.pop("ladder", "adaptive"),
-            "min_prompt_tokens": 16,
-            "debug": True,
-        }
+        fastgen = {"min_prompt_tokens": 16, "debug": True, **fastgen}
         defaults = {
             "dtype": "float32",
             "max_model_len": 4096,
@@ -122,7 +117,7 @@ class Engine:
         result = Finished(prompt, list(answer.token_ids), answer.text, info)
         # vLLM appends a suffix to the names that it is given.
         for seen in (t for n, t in traces.items() if name in (n, n.rsplit("-", 1)[0])):
-            result.policy, result.kept = seen.policy, seen.kept
+            result.rules, result.kept = seen.rules, seen.kept
         return result
 
     @contextmanager
@@ -159,24 +154,19 @@ class Engine:
         for request_id, row in tables.rows.items():
             seen = traces.get(request_id)
             if seen is None:
-                policy = self._policy(tables.state.rules[row])
-                seen = traces[request_id] = Finished([], [], "", {}, policy)
+                rules = HeadRules(*(t[row].clone() for t in tables.state.rules.tensors()))
+                seen = traces[request_id] = Finished([], [], "", {}, rules)
             positions = pool.positions[tables.pages_of(request_id)].flatten(2).tolist()
             kept = [[{p for p in head if p >= 0} for head in layer] for layer in positions]
             if not seen.kept or kept != seen.kept[-1]:
                 seen.kept.append(kept)
 
-    def _policy(self, rules: HeadRules) -> list[list[int]]:
-        """``[L][H]``, index into the engine's ladder."""
-        ladder, heads = self.runtime.config.hybrids, self.runtime.pool.num_kv_heads
-        rungs = [ladder.index(hybrid) for hybrid in hybrids_of(rules)]
-        return [rungs[i : i + heads] for i in range(0, len(rungs), heads)]
 
-
-def chat(model: str, question: str) -> str:
-    """``question`` in the model's chat template."""
+def chat(model: str, question: str, system: str = "") -> str:
+    """``question`` in the model's chat template, after a system prompt if one is given."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    message = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -109,7 +109,8 @@ def prefill_and_mass(
 
 
 def peaks(kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed: int = 0) -> None:
-    """The most of any query, every one or every third, beside what was there."""
+    """The most of any query and the sum, every one or every third, beside what was there; and of
+    queries that stand further back, before the first key even."""
     torch.manual_seed(seed)
     prompt = Prompt.random(kernels, c, m, group, 64, dtype)
     probs = prompt.probs()
@@ -119,13 +120,21 @@ def peaks(kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed
     for step in (1, 3):
         skip = (c - 1) % step
         chosen = slice(skip, None, step)
-        before = 0.1 * torch.rand(2, m + 5)
-        found = before.clone()
+        before = 0.1 * torch.rand(2, 2, m + 5)
+        found, sums = before.clone()
         queries = ProfiledQueries(prompt.query[chosen], lse[chosen], m - c + skip, step)
-        kernels.attention_peaks(queries, prompt.keys, SCALE, found)
-        wanted = torch.maximum(probs[:, :, chosen].amax((1, 2)), before[:, :m].double())
+        kernels.attention_peaks(queries, prompt.keys, SCALE, found, sums)
+        wanted = torch.maximum(probs[:, :, chosen].amax((1, 2)), before[0, :, :m].double())
         close(found[:, :m], wanted, dtype)
-        assert torch.equal(found[:, m:], before[:, m:])
+        close(sums[:, :m], probs[:, :, chosen].sum((1, 2)) + before[1, :, :m].double(), dtype)
+        assert torch.equal(torch.stack([found, sums])[..., m:], before[..., m:])
+    back = 1 + c // 2
+    queries = ProfiledQueries(prompt.query, lse, m - c - back, 1)
+    found, sums = torch.zeros(2, 2, m)
+    kernels.attention_peaks(queries, prompt.keys, SCALE, found, sums)
+    far = torch.arange(m - c, m)[:, None] - torch.arange(m) >= back
+    close(found, (probs * far).amax((1, 2)), dtype)
+    close(sums, (probs * far).sum((1, 2)), dtype)
 
 
 def head_and_block_size(

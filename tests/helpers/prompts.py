@@ -12,7 +12,7 @@ from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.kernels import Kernels, PromptKeys, reference
 from fastgen_vllm.policy.choice import Goal
 from fastgen_vllm.policy.hybrids import Hybrid
-from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile
+from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile, PromptTokens
 
 LADDER = [
     {"special": True},
@@ -21,6 +21,8 @@ LADDER = [
     {"special": True, "frequent": 0.25, "local": 0.3},
 ]
 PAGE = 4
+SYSTEM = 250
+"""Tokens of the system prompt."""
 
 
 @dataclass
@@ -47,8 +49,8 @@ class Prompt:
         query = torch.randn(n, 2, group, 16) * peaked
         key, value = torch.randn(n, 2, 16), torch.randn(n, 2, 16)
         classes = (torch.rand(n) < 0.1).to(torch.uint8) + 2 * (torch.rand(n) < 0.1).to(torch.uint8)
-        ladder, heads = config.ladder_on(), ModelHeads(1, 2, group)
-        profile = PromptProfile(config, ladder, heads, classes, PAGE, goal)
+        plan, heads = config.plan_for(goal), ModelHeads(1, 2, group)
+        profile = PromptProfile(config, plan, heads, PromptTokens(classes, 0, SYSTEM), PAGE, goal)
         page_table = torch.arange(2)[:, None]
         pages = torch.cat([key, value], dim=-1).transpose(0, 1).contiguous()
         for start in range(0, n, chunk):
@@ -64,12 +66,16 @@ class Prompt:
         return cls(profile, scores.masked_fill(~causal, float("-inf")).softmax(-1), value)
 
     def weights(self) -> list[float]:
-        how = self.profile.config.profiling
+        """What each query counts."""
+        how = self.profile.profiling
         n = self.profile.num_tokens
         by_distance = {
             "uniform": lambda d: 1.0,
             "recent": lambda d: min(1.0, how.window / d),
             "last": lambda d: float(d <= how.window),
+            "end": lambda d: (
+                (d <= 128) * min(1.0, how.window / d) * (1 if d <= n - SYSTEM else 0.2)
+            ),
         }[how.weighting]
         weights = [by_distance(n - q) for q in range(n)]
         if how.weighting == "recent":
@@ -80,8 +86,15 @@ class Prompt:
                     weights[q] = 0.0
         return weights
 
+    def far_attention(self) -> torch.Tensor:
+        """``[H, G, n, n]``: what counts of the attention on keys ``least_window`` tokens before a
+        query or more."""
+        n, least = self.profile.num_tokens, self.profile.profiling.least_window
+        far = torch.arange(n)[:, None] - torch.arange(n) >= least
+        return self.probs * torch.tensor(self.weights())[:, None] * far
+
     def scores(self, head: int) -> list[float]:
-        n, half = self.profile.num_tokens, self.profile.config.profiling.pooling // 2
+        n, half = self.profile.num_tokens, self.profile.profiling.pooling // 2
         weights = torch.tensor(self.weights())
         column = (self.probs[head] * weights[:, None]).sum((0, 1)).tolist()
         if self.profile.config.frequent_score == "mean":
@@ -93,7 +106,7 @@ class Prompt:
         n = self.profile.num_tokens
         if hybrid.full:
             return set(range(n)), 1.0
-        least = self.profile.config.profiling.least_window
+        least = self.profile.profiling.least_window
         window = max(least, math.ceil(round(hybrid.local * n, 6)))
         sticky = (self.profile.token_classes & hybrid.sticky_kinds) != 0
         recent = torch.arange(n) >= n - window
@@ -104,7 +117,7 @@ class Prompt:
         visible[rest[: math.ceil(round(hybrid.frequent * n, 6))]] = True
         distance = torch.arange(n)[:, None] - torch.arange(n)
         weighed = self.probs[head] * torch.tensor(self.weights())[:, None]
-        if self.profile.config.profiling.value_weighting:
+        if self.profile.profiling.value_weighting:
             weighed = weighed * self.value[:, head].norm(dim=-1)
         if self.profile.config.group_reduction == "mean":
             weighed = weighed.sum(0, keepdim=True)

@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.observed import observed_on, random_observed
 from helpers.pretend_device import DEVICE, pretend_device
 from helpers.prompts import PAGE, Prompt
 
-from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.policy.choice import (
     Choice,
     Goal,
     PromptStats,
     evaluate,
     kept_keys,
+    pages_within,
     with_sinks,
 )
 from fastgen_vllm.policy.hybrids import (
@@ -24,7 +25,7 @@ from fastgen_vllm.policy.hybrids import (
     Ladder,
     hybrids_of,
 )
-from fastgen_vllm.policy.methods import METHODS
+from fastgen_vllm.policy.methods import LADDER, METHODS
 from fastgen_vllm.tensors import ceil_ratio
 
 
@@ -38,7 +39,7 @@ def keys(kept: torch.Tensor) -> set[int]:
 
 def check_choice(prompt: Prompt, choice: Choice, threshold: float) -> None:
     """The cheapest in pages that reaches the threshold; the best of those; full over a draw."""
-    hybrids = prompt.profile.ladder.hybrids
+    hybrids = prompt.profile.plan.ladder.hybrids
     for head in range(2):
         found = [prompt.rung(h, head) for h in hybrids]
         able = [(pages(k), -r, i) for i, (k, r) in enumerate(found) if r >= threshold]
@@ -73,13 +74,13 @@ def check_choice(prompt: Prompt, choice: Choice, threshold: float) -> None:
 def test_recovery_equals_explicit_masks(n: int, group: int, reduction: str, how: dict) -> None:
     prompt = Prompt.random(n, group, Goal(0.6, None), 32, group_reduction=reduction, **how)
     stats = prompt.profile.stats()
-    found = evaluate(prompt.profile.ladder, stats)
-    for i, hybrid in enumerate(prompt.profile.ladder.hybrids):
+    found = evaluate(prompt.profile.plan.ladder, stats)
+    for i, hybrid in enumerate(prompt.profile.plan.ladder.hybrids):
         for head in range(2):
             kept, recovery = prompt.rung(hybrid, head)
             assert int(found.pages[i]) == pages(kept)
             assert abs(float(found.recovery[i, 0, head]) - recovery) < 1e-4
-            every = kept_keys(prompt.profile.ladder, stats, torch.full((1, 2), i))
+            every = kept_keys(prompt.profile.plan.ladder, stats, torch.full((1, 2), i))
             assert keys(every.kept[0, head]) == kept
     check_choice(prompt, prompt.profile.finish(), 0.6)
 
@@ -88,7 +89,7 @@ def test_recovery_equals_explicit_masks(n: int, group: int, reduction: str, how:
 @pytest.mark.parametrize("n", [16, 90, 161])
 def test_adaptive_ladder(n: int, threshold: float) -> None:
     prompt = Prompt.random(n, 3, Goal(threshold, None), 64, ladder="adaptive")
-    assert prompt.profile.ladder.hybrids == ADAPTIVE_LADDER
+    assert prompt.profile.plan.ladder.hybrids == ADAPTIVE_LADDER
     choice = prompt.profile.finish()
     check_choice(prompt, choice, threshold)
 
@@ -102,9 +103,9 @@ def test_budget_is_kept_and_well_spent(least: int, budget: float, ladder: str) -
     how: dict[str, Any] = {"ladder": ladder, "frequent_score": "sum"}
     prompt = Prompt.random(161, 3, Goal(None, budget, least), 64, **how)
     profile = prompt.profile
-    choice, found = profile.finish(), evaluate(profile.ladder, profile.stats())
+    choice, found = profile.finish(), evaluate(profile.plan.ladder, profile.stats())
     room = int(max(budget, least / 161) * 2 * -(-161 // PAGE))
-    taken = [profile.ladder.hybrids.index(h) for h in hybrids_of(choice.rules)]
+    taken = [profile.plan.ladder.hybrids.index(h) for h in hybrids_of(choice.rules)]
     assert int(found.pages[taken].sum()) <= room or taken == [0, 0]
     first, second = (found.recovery[:, 0, head].double() for head in range(2))
     fits = found.pages[:, None] + found.pages <= room
@@ -130,20 +131,24 @@ def test_special_tokens_do_not_undo_a_budget(share: float) -> None:
     assert (choice.sticky[..., 4:].any()) == (share < 0.5), "else they compete like others"
 
 
-@pytest.mark.parametrize("method", [*METHODS])
-def test_choices_on_a_device(method: str) -> None:
-    how: dict[str, Any] = {"ladder": "adaptive", "method": method, "kv_budget": 0.4}
+@pytest.mark.parametrize(
+    ("method", "ladder"), [*((m, None) for m in METHODS), ("fastgen", "adaptive")]
+)
+def test_choices_on_a_device(method: str, ladder: str | None) -> None:
+    how: dict[str, Any] = {"ladder": ladder, "method": method, "kv_budget": 0.4}
     prompt = Prompt.random(200, 3, Goal(None, 0.4), 64, **how)
     profile = prompt.profile
+    observed = profile.observed = random_observed(1, 2, 3, 200)
     stats, wanted = profile.stats(), profile.finish()
     with pretend_device():
-        ladder = profile.config.ladder_on(DEVICE)
+        plan = profile.config.plan_for(profile.goal, DEVICE)
         names = [f.name for f in fields(PromptStats)]
         there: dict[str, Any] = {
             name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
             for name, value in ((name, getattr(stats, name)) for name in names)
         }
-        found = METHODS[method].choose(ladder, PromptStats(**there), profile.goal)
+        there["observed"] = observed_on(observed, DEVICE)
+        found = plan.method.choose(plan.ladder, PromptStats(**there), profile.goal)
         for ours, theirs in zip(found.rules.tensors(), wanted.rules.tensors(), strict=True):
             assert torch.equal(ours.cpu(), theirs)
         for name in ("kept", "sticky", "scores"):
@@ -154,7 +159,7 @@ def test_ties_go_to_the_lower_position() -> None:
     prompt = Prompt.random(10, 1, Goal(0.6, None), 10, ladder=[{"frequent": 0.3}])
     stats = prompt.profile.stats()
     stats.scores[:] = torch.tensor([1.0, 9, 2, 2, 1, 2, 0, 0, 0, 50])
-    kept = kept_keys(prompt.profile.ladder, stats, torch.zeros(1, 2, dtype=torch.int64)).kept
+    kept = kept_keys(prompt.profile.plan.ladder, stats, torch.zeros(1, 2, dtype=torch.int64)).kept
     assert keys(kept[0, 0]) == {1, 2, 3, 9}
 
 
@@ -163,11 +168,19 @@ def test_a_very_long_prompt_keeps_its_share() -> None:
     n = 400_000
     ladder = Ladder.from_hybrids([Hybrid(frequent=0.6), Hybrid(full=True)], 1)
     scores = torch.rand(1, 1, n)
-    profiling = FastGenConfig().profiling
+    profiling = LADDER.profiling
     none = torch.zeros(n, dtype=torch.uint8)
     stats = PromptStats(scores[:, :, None, :, None], scores, scores, scores, none, 16, profiling)
     kept = kept_keys(ladder, stats, torch.zeros(1, 1, dtype=torch.int64)).kept
     assert int(kept.sum()) == 240_000 + 1
+
+
+@pytest.mark.parametrize(
+    ("share", "num_pages", "expected"),
+    [(0.29, 100, 29), (256 / 784, 49 * 90, 1440), (0.35, 49 * 90, 1543), (1.0, 7, 7), (0.1, 9, 0)],
+)
+def test_share_of_pages_is_exact(share: float, num_pages: int, expected: int) -> None:
+    assert pages_within(share, num_pages) == expected
 
 
 def test_heads_numbers_say_their_policy() -> None:

@@ -52,22 +52,26 @@ def test_queries_that_stand_for_many(kernels: Kernels, how: dict[str, Any]) -> N
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("n", [1, 20, 90])
-def test_peaks_over_chunks(n: int) -> None:
-    """The most that each key received of one of the last queries, however the prompt is cut."""
+@pytest.mark.parametrize("weighting", ["end", "last"])
+@pytest.mark.parametrize("n", [1, 20, 90, 300])
+def test_peaks_over_chunks(n: int, weighting: str) -> None:
+    """The most that each key received of one of the last queries, and the sum, however the prompt
+    is cut."""
     goal = Goal(None, 0.5)
-    how: dict[str, Any] = {"method": "peaks", "kv_budget": 0.5, "observation_window": 20}
+    how: dict[str, Any] = {"ladder": None, "least_window": 10, "query_weighting": weighting}
     for chunk in (1, 7, 32, 90):
-        prompt = Prompt.random(n, 3, goal, chunk, **how)
-        wanted = prompt.probs[:, :, -20:].amax(dim=(1, 2))
-        torch.testing.assert_close(prompt.profile.peaks[0], wanted)
+        prompt = Prompt.random(n, 3, goal, chunk, num_sinks=0, **how)
+        looked_at = prompt.far_attention()
+        wanted = torch.stack([looked_at.amax(dim=(1, 2)), looked_at.sum(dim=(1, 2))])
+        torch.testing.assert_close(prompt.profile.peaks[:, 0], wanted, rtol=1e-5, atol=1e-6)
+        assert n < 10 or bool(wanted.any())
 
 
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 1000])
-@pytest.mark.parametrize("weighting", ["uniform", "recent", "last"])
+@pytest.mark.parametrize("weighting", ["uniform", "recent", "last", "end"])
 def test_every_query_counts_once(weighting: Any, n: int) -> None:
     """Those that are looked at stand for the others, so that the weights' sum is the same."""
-    runs, weights = query_runs(weighting, 20, 1, n)
+    runs, weights = query_runs(weighting, 20, 1, n, system=n - 50)
     looked_at = [q for run in runs for q in range(run.first, run.end, run.step)]
     assert len(set(looked_at)) == len(looked_at)
     assert sorted(looked_at) == weights.nonzero().flatten().tolist()
@@ -75,6 +79,7 @@ def test_every_query_counts_once(weighting: Any, n: int) -> None:
         "uniform": lambda d: 1.0,
         "recent": lambda d: min(1.0, 20 / d),
         "last": lambda d: float(d <= 20),
+        "end": lambda d: (d <= 128) * min(1.0, 20 / d) * (1 if d <= 50 else 0.2),
     }[weighting]
     assert float(weights.sum()) == pytest.approx(sum(by_distance(n - q) for q in range(n)))
     if weighting != "last":

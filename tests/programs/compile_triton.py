@@ -67,7 +67,8 @@ def every_operation(group: int, head_size: int, dtype: torch.dtype) -> None:
         mass = torch.zeros(heads, groups, 100, 5)
         bounds = torch.tensor([1, 4, 20, 100])
         ops.attention_mass(ProfiledQueries(query, lse, 90, 3), keys, bounds, 1.0, mass)
-    ops.attention_peaks(ProfiledQueries(query, lse, 90, 3), keys, 1.0, torch.zeros(heads, 100))
+    peaks, sums = torch.zeros(2, heads, 100)
+    ops.attention_peaks(ProfiledQueries(query, lse, 90, 3), keys, 1.0, peaks, sums)
     ops.pack_slots(pages, table, torch.ones(2, heads, 100, dtype=torch.bool), table)
     ops.move_pages(pages, torch.arange(4), torch.arange(4) + 4)
 

@@ -14,11 +14,10 @@ from helpers.pretend_device import DEVICE, PretendDevice, pretend_device
 
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import Kernels, cpu, reference, triton
-from fastgen_vllm.profiler.profile import PromptProfile
+from fastgen_vllm.profiler.profile import PromptProfile, PromptTokens
 from fastgen_vllm.runtime.driver import Driver
 from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.warm_up import warm_up
-from fastgen_vllm.tensors import to_device
 
 LAYERS, HEADS, GROUP, SIZE, BLOCKS, VOCAB = 2, 2, 3, 32, 64, 50
 BLOCK: Final = 8
@@ -26,6 +25,8 @@ PROMPTS = {"a": 47, "b": 16, "c": 90}
 SEEDS = {"a": 1, "b": 2, "c": 3}
 CHUNK, DECODE_STEPS = 32, 20
 MODEL = FakeModel(LAYERS, HEADS, GROUP, SIZE)
+_IDS = torch.arange(VOCAB)
+CLASSES = (_IDS < 3).to(torch.uint8) + 2 * (_IDS % 7 == 5).to(torch.uint8)
 
 
 def tokens_of(name: str) -> list[int]:
@@ -47,12 +48,10 @@ class Trial:
         mode: PretendDevice | None = None,
     ) -> None:
         device = DEVICE if mode else torch.device("cpu")
-        ids = torch.arange(VOCAB)
-        classes = (ids < 3).to(torch.uint8) + 2 * (ids % 7 == 5).to(torch.uint8)
         kv = torch.full((BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE), float("nan")).to(device)
         self.mode, self.configs = mode, configs
         first = next(iter(configs.values()))
-        self.runtime = Runtime(first, classes.to(device), kv, GROUP)
+        self.runtime = Runtime(first, CLASSES.to(device), kv, GROUP)
         self.runtime.kernels = kernels
         self.driver = Driver(self.runtime)
         self.outputs: dict[str, list[torch.Tensor]] = {name: [] for name in configs}
@@ -81,11 +80,9 @@ class Trial:
             self.driver.begin(name, tokens[: PROMPTS[name]], RequestOverride())
             self.driver.requests[name].tokens = tokens
             if config is not runtime.config:
-                device = runtime.token_classes.device
-                classes = runtime.token_classes[to_device(torch.tensor(tokens), device)]
-                goal, ladder = config.goal_of(RequestOverride()), config.ladder_on(device)
-                own = classes[: PROMPTS[name]]
-                profile = PromptProfile(config, ladder, runtime.heads, own, BLOCK, goal)
+                plan = config.plan_for(config.goal, runtime.token_classes.device)
+                own = PromptTokens(CLASSES[torch.tensor(tokens[: PROMPTS[name]])])
+                profile = PromptProfile(config, plan, runtime.heads, own, BLOCK, config.goal)
                 runtime.prefills[name].profile = profile
 
     @contextmanager

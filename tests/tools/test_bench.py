@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from fastgen_vllm.config import BUDGET
 from fastgen_vllm.tools.bench.measure import QUICK_PLAN, Bench, Plan, Scenario, run_bench
 from fastgen_vllm.tools.bench.report import chart, markdown, summary
 
-WHOLE, COMPRESSED = "FastGen, recovery 1", "FastGen, kv_budget 0.4"
+WHOLE, COMPRESSED = "FastGen, recovery 1", f"FastGen, kv_budget {BUDGET:g}"
 
 
 def bench_of(model: str, plan: Plan) -> Bench:

@@ -34,7 +34,7 @@ def test_small_demo(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = json.loads(out.read_text(encoding="utf-8"))
     dtype = getattr(torch, found["dtype"])
     assert found["kv_bytes"] == 1024 * ModelShape.from_folder(model).kv_bytes_per_token(dtype)
-    assert found["goal"] == "kv_budget 0.3, ladder adaptive"
+    assert found["goal"] == "kv_budget 0.3"
     assert found["max_running_stock"] < found["max_running_fastgen"] <= 4
     assert found["tokens_per_s_stock"] > 0 and found["tokens_per_s_fastgen"] > 0
     rows = found["outputs"]

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.engine import Engine, english
 from helpers.paths import TEXTS
 from typer.testing import CliRunner
 
 from fastgen_vllm.config import FastGenConfig
-from fastgen_vllm.policy.hybrids import hybrids_of
+from fastgen_vllm.policy.methods import EVAL_ONLY
 from fastgen_vllm.tools.cli import app
+from fastgen_vllm.tools.eval.chats import INSTRUCTIONS, well_formed
 from fastgen_vllm.tools.eval.compare import run_eval, variants
-from fastgen_vllm.tools.eval.report import chart, markdown
-from fastgen_vllm.tools.eval.tasks import Load, items, rouge_l
+from fastgen_vllm.tools.eval.functions import FUNCTIONS
+from fastgen_vllm.tools.eval.material import Item, Load
+from fastgen_vllm.tools.eval.report import FIGURES, Summary, chart, markdown
+from fastgen_vllm.tools.eval.tasks import TASKS, items
 from fastgen_vllm.tools.inputs import InputError
 from fastgen_vllm.tools.lab import Lab, Variant
 from fastgen_vllm.tools.models import load_tokenizer
@@ -24,45 +29,94 @@ from fastgen_vllm.tools.models import load_tokenizer
 @pytest.mark.engine
 @pytest.mark.parametrize("goal", [{"recovery": 0.9}, {"kv_budget": 0.3}])
 def test_the_lab_is_the_engine(model: str, engine: Engine, goal: dict) -> None:
-    """The same policies, the same kept positions step by step, the same greedy tokens."""
+    """The same policies, the same kept positions step by step, the same greedy tokens; and from a
+    second copy of the prompt the same again."""
     extra = {f"fastgen_{name}": value for name, value in goal.items()}
     name = engine.add(english(2500, "types"), max_tokens=32, ignore_eos=True, extra_args=extra)
     wanted = engine.run(trace=True)[name]
-    lab = Lab(model, [Variant("one", FastGenConfig(min_prompt_tokens=16, **goal))], 4096)
+    lab = Lab(
+        model, [Variant("one", FastGenConfig(min_prompt_tokens=16, decode_window=32, **goal))], 4096
+    )
     lab.prefill(wanted.prompt, chunk=100)
-    ladder, heads = engine.runtime.config.hybrids, lab.runtime.pool.num_kv_heads
-    rungs = [ladder.index(hybrid) for hybrid in hybrids_of(lab.choices["one"].rules)]
-    assert [rungs[i : i + heads] for i in range(0, len(rungs), heads)] == wanted.policy
-    for step, token in enumerate(wanted.output):
-        assert lab.kept_positions("one") == wanted.kept[step]
-        assert int(lab.logits[0].argmax()) == token
-        lab.decode([token])
+    assert wanted.rules is not None
+    for ours, theirs in zip(
+        lab.choices["one"].rules.tensors(), wanted.rules.tensors(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    for _ in range(2):
+        for step, token in enumerate(wanted.output):
+            assert lab.kept_positions("one") == wanted.kept[step]
+            assert int(lab.logits[0].argmax()) == token
+            lab.decode([token])
+        lab.fork()
+    lab.runtime.tables.audit()
+
+
+@pytest.mark.engine
+def test_methods_see_the_model(model: str) -> None:
+    """What the lab shows them is the model's own: its attention, and what it adds to the output."""
+    from transformers import AutoModelForCausalLM
+
+    budget, methods = 0.3, [*sorted(EVAL_ONLY), "snapkv"]
+    compared = [Variant(m, FastGenConfig(method=m, kv_budget=budget)) for m in methods]
+    lab = Lab(model, compared, 4096)
+    tokens = load_tokenizer(model).encode(english(900, "types"))
+    lab.prefill(tokens, chunk=100)
+    observed = lab.observed
+    assert observed is not None
+    hf = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    )
+    made: dict[str, torch.Tensor] = {}
+    module = hf.model.layers[5].self_attn
+    for name in ("q_proj", "v_proj"):
+        getattr(module, name).register_forward_hook(
+            lambda _module, _input, output, name=name: made.setdefault(name, output[0])
+        )
+    with torch.inference_mode():
+        wanted = hf(torch.tensor([tokens]), output_attentions=True).attentions[5][0]
+    found = observed.attention(5, 20)
+    torch.testing.assert_close(found.flatten(0, 1), wanted[:, -20:], atol=1e-5, rtol=1e-4)
+    before = observed.queries_before_rotation(5).flatten(0, 1).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(before, made["q_proj"], atol=1e-3, rtol=1e-3)
+    head, size = 4, module.head_dim
+    alone = torch.zeros(len(tokens), module.o_proj.in_features)
+    its_values = made["v_proj"].unflatten(1, (-1, size))[:, head // found.shape[1]]
+    alone[:, head * size : (head + 1) * size] = its_values
+    with torch.inference_mode():
+        norms = module.o_proj(alone).abs().sum(-1)
+    found_norms = observed.output_norms[5].flatten(0, 1)[head]
+    torch.testing.assert_close(found_norms, norms, atol=1e-4, rtol=1e-4)
+    for name, ratio in zip([v.name for v in compared], lab.kept_ratio().tolist(), strict=True):
+        assert ratio == pytest.approx(budget, abs=0.01), name
+    chosen = [lab.choices[v.name].kept for v in compared]
+    assert not any(torch.equal(a, b) for i, a in enumerate(chosen) for b in chosen[:i])
+    lab.decode(lab.logits.argmax(-1).tolist())
     lab.runtime.tables.audit()
 
 
 @pytest.mark.engine
 def test_tiny_eval(model: str, tmp_path: Path) -> None:
     compared = variants(["h2o", "snapkv"], [0.4], [0.95], {"least_window": 16})
-    load = Load((256,), continuations=4, retrievals=1, agreements=2, num_tokens=8)
+    load = Load((256,), dict.fromkeys(TASKS, 2))
     results = run_eval(model, TEXTS, load, compared, {"least_window": 16})
-    full, *others = results["variants"]
-    assert full["kept_slots"] == 1.0 and full["loss_increase"] == 0.0 and full["rouge_l"] == 1.0
-    assert [v["method"] for v in others] == [
-        "FastGen",
-        "paper's ladder",
-        "FastGen",
-        "h2o",
-        "snapkv",
+    summary = Summary(results)
+    methods = [v["method"] for v in results["variants"]]
+    assert methods == [
+        *("full", "FastGen", "adaptive ladder", "h2o", "snapkv"),
+        *("adaptive ladder", "paper's ladder"),
     ]
-    for variant in others:
-        assert 0.05 < variant["kept_slots"] < 1
-        assert set(variant["rouge_l_by_language"]) == {"english", "korean"}
-        if "budget" in variant["name"]:
-            assert variant["kept_slots"] < 0.42
-    assert others[2]["loss"] != full["loss"]
-    json.dumps(results)
-    table = markdown(results)
-    assert table.count("\n| ") == 1 + len(results["variants"])
+    found = {figure.title: values for figure, values in summary.figures()}
+    assert len(found) == len(FIGURES)
+    for title, values in found.items():
+        assert values.shape[1] == len(methods)
+        if title.endswith((": KL", ": loss")):
+            assert (values[:, 0] == 0).all() and not (values[:, 1:] == 0).all()
+    assert (found["calls as the full cache's"][:, 0] == 1).all()
+    for variant, slots in zip(results["variants"][1:], summary.slots[1:], strict=True):
+        assert 0.05 < slots < (0.43 if "budget" in variant["name"] else 1)
+    table = markdown(json.loads(json.dumps(results)))
+    assert table.count("\n| ") == 1 + len(methods)
     chart(results, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 20_000
 
@@ -70,42 +124,91 @@ def test_tiny_eval(model: str, tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_tasks_ask_what_they_say(model: str) -> None:
     tokenizer = load_tokenizer(model)
-    found = list(items(tokenizer, TEXTS, Load((512,), 4, 2, 2, 16)))
-    assert [i.task for i in found] == ["continuation"] * 4 + ["retrieval"] * 6 + ["agreement"] * 2
-    for item in found[:4]:
-        assert len(item.prompt) == 512 and len(item.target) == 16
-    for item in found[4:10]:
-        text, answer = tokenizer.decode(item.prompt), tokenizer.decode(item.target)
-        assert text.count(answer) == 1, "the answer stands in the text once"
-        assert 350 < len(item.prompt) < 620
-    assert any("가" <= char <= "힣" for char in tokenizer.decode(found[3].prompt))
+    halves: list[list[Item]] = [
+        list(items(tokenizer, TEXTS, Load((512,), dict.fromkeys(TASKS, 4), half)))
+        for half in ("first", "second")
+    ]
+    for item, other in zip(*halves, strict=True):
+        text = tokenizer.decode(item.prompt)
+        assert item.task == other.task and item.prompt != other.prompt
+        assert 280 < len(item.prompt) < 900, (item.task, len(item.prompt))
+        if item.task in ("continuation", "code"):
+            assert len(item.prompt) == 512 and len(item.target) == 64
+            continue
+        assert not item.target
+        hangul = any("가" <= char <= "힣" for char in text)
+        assert hangul or item.kind != "korean"
+        if item.task in ("answers", "chat"):
+            assert hangul == (item.kind == "korean")
+        elif item.task == "tools":
+            assert text.count('"type": "function"') == 4
+        elif item.task == "retrieval":
+            numbers = re.findall(r"magic number for \w+ is (\d{7})", text)
+            assert sum(item.right is not None and item.right(x) for x in numbers) == 1
+    languages = [i.kind for i in halves[0] if i.task == "answers"]
+    assert languages == ["english", "korean"] * 2
 
 
 @pytest.mark.parametrize(
-    ("length", "load", "message"),
+    ("said", "right"),
     [
-        (60_000, {"continuations": 1}, "no more passages of 60016 tokens"),
-        (60_000, {"retrievals": 1}, "needs a text of 59850"),
-        (256, {"agreements": 10_000}, "no more passages of 156 tokens"),
+        ('{"name": "block_card", "arguments": {"last_digits": "1", "reason": "lost"}}', True),
+        ('Sure: {"name": "block_card", "arguments": {"last_digits": 1, "reason": 2}} Bye', True),
+        ('{"name": "block_card", "arguments": {"last_digits": "1"}}', False),
+        ('{"name": "block_card", "arguments": {"last_digits": 1, "reason": 2, "a": 3}}', False),
+        ('{"name": "block_cards", "arguments": {}}', False),
+        ('{"name": "block_card"}', False),
+        ('{"name": "block_card", "arg', False),
+        ("[1]", False),
+        ("no", False),
     ],
 )
-def test_texts_that_are_too_short(model: str, length: int, load: dict, message: str) -> None:
-    """A retrieval prompt is not quietly made of what there is."""
-    none = {"continuations": 0, "retrievals": 0, "agreements": 0}
-    wanted = Load((length,), **{**none, **load}, num_tokens=16)
-    with pytest.raises(InputError, match=message):
-        list(items(load_tokenizer(model), TEXTS, wanted))
+def test_well_formed_calls(said: str, right: bool) -> None:
+    (card,) = (function for function in FUNCTIONS if function.name == "block_card")
+    assert well_formed({card.name: card}, said) == right
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "score"),
-    [([1, 2, 3], [1, 2, 3], 1.0), ([1, 2], [3, 4], 0.0), ([1, 9, 2, 3], [1, 2, 4, 3], 0.75)],
+    ("kind", "said", "holds"),
+    [
+        ("in Korean", "이 글은 경제에 대한 글입니다. (GDP)", True),
+        ("in Korean", "This text is about 경제.", False),
+        ("in Korean", "", False),
+        ("ends with DONE", "It is a text. DONE.", True),
+        ("ends with DONE", "DONE. It is a text.", False),
+        ("JSON only", '{"answer": "yes"}', True),
+        ("JSON only", '{"answer": "the beginning of a long', True),
+        ("JSON only", '{"answer": "yes"} because', False),
+        ("JSON only", 'Here: {"answer": "yes"}', False),
+        ("JSON only", '["yes"]', False),
+        ("begins with a tag", " [REPORT] It is.", True),
+        ("begins with a tag", "REPORT: It is.", False),
+    ],
 )
-def test_rouge_l(answer: list[int], reference: list[int], score: float) -> None:
-    assert rouge_l(answer, reference) == score
+def test_instructions_that_hold(kind: str, said: str, holds: bool) -> None:
+    assert INSTRUCTIONS[kind][1](said) == holds
 
 
-TASK = """
+@pytest.mark.parametrize("task", ["continuation", "code", "answers", "retrieval"])
+def test_texts_that_are_too_short(model: str, task: str) -> None:
+    """A prompt is not quietly made of what there is."""
+    with pytest.raises(InputError, match=r"Take a smaller --length|take a smaller --length"):
+        list(items(load_tokenizer(model), TEXTS, Load((600_000,), {task: 1})))
+
+
+def test_where_a_peer_is_better_is_said() -> None:
+    """By more than one standard error of the difference, paired by prompt."""
+    variants = [{"name": n, "method": n.split(",")[0]} for n in ("full", "FastGen, budget 0.2")]
+    variants += [{"name": f"{m}, budget 0.2", "method": m} for m in ("near", "better", "worse")]
+    rows = [[0.0, 0.5, 0.501, 0.4, 0.6], [0.0, 0.9, 0.899, 0.8, 1.5]]
+    shares = {"slots": [1, *[0.2] * 4], "pages": [1, *[0.2] * 4]}
+    prompts = [{"task": "chat", "kind": "english", "kl": row, **shares} for row in rows]
+    about = {"model": "m", "machine": "x", "date": "today", "load": {"lengths": [9], "half": "b"}}
+    table = markdown({**about, "variants": variants, "prompts": prompts})
+    assert "- budget 0.2: chat: KL: better." in table
+
+
+LOCAL_TASK = """
 task: local_capitals
 dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
@@ -128,7 +231,7 @@ def test_lm_eval_task(model: str, tmp_path: Path) -> None:
     ]
     data = tmp_path / "capitals.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "local.yaml").write_text(TASK.replace("DATA", str(data)))
+    (tmp_path / "local.yaml").write_text(LOCAL_TASK.replace("DATA", str(data)))
     out = tmp_path / "out.json"
     arguments = ["eval", model, "--lm-eval", "local_capitals", "--lm-eval-path", str(tmp_path)]
     engine_args = {"kv_cache_memory_bytes": 256 << 20, "max_model_len": 2048, "enforce_eager": True}

@@ -3,75 +3,141 @@
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers.engine import KOREAN, Engine, chat, english
-from helpers.oracle import SETTINGS, Oracle, Trace
+from helpers.engine import KOREAN, Engine, Finished, chat, english
+from helpers.oracle import FULL, Oracle, Rung, Trace
+from helpers.oracle_ladders import SETTINGS, LadderOracle
+from helpers.oracle_peaks import PeaksOracle, PeaksSettings
+
+from fastgen_vllm.kernels import UNBOUNDED
+from fastgen_vllm.policy.tokens import CLASS_BITS
 
 NUM_TOKENS = 65
-GOALS: dict[str, list[tuple[float, float | None]]] = {
-    "adaptive": [(0.9, None), (0.0, 0.2), (0.0, 0.5)],
-    "paper": [(0.85, None), (0.95, None)],
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine's settings, None for the suite's own, and what its requests ask for: recovery, and
+    budget where that is it. ``least_tokens``: the engine's ``min_prompt_tokens``."""
+
+    oracle: Callable[[str], Oracle[Any]]
+    fastgen: dict[str, Any] | None
+    goals: list[tuple[float, float | None]]
+    least_tokens: int = 16
+
+
+ADAPTIVE = partial(LadderOracle, settings=SETTINGS["adaptive"])
+CASES = {
+    "recovery": Case(ADAPTIVE, None, [(0.9, None)]),
+    "budget": Case(PeaksOracle, None, [(0.0, 0.2), (0.0, 0.5)]),
+    "a budget's least memory": Case(
+        partial(PeaksOracle, settings=PeaksSettings(generated=256)),
+        {"kv_budget": 0.2, "min_prompt_tokens": 256},
+        [(0.0, 0.2)],
+        256,
+    ),
+    "adaptive ladder": Case(ADAPTIVE, {"ladder": "adaptive"}, [(0.0, 0.2), (0.0, 0.5)]),
+    "paper": Case(
+        partial(LadderOracle, settings=SETTINGS["paper"]),
+        {"recovery": 0.9, "ladder": "paper"},
+        [(0.85, None), (0.95, None)],
+    ),
 }
-"""Recovery, and budget where that is what a request asks for."""
 
 
-def prompts(model: str) -> dict[str, str]:
-    return {
+def prompts(model: str, case: Case) -> dict[str, str]:
+    found = {
         "short": english(230, "booleans"),
         "korean": KOREAN,
         "chat": chat(model, english(600, "exceptions") + " What does this text say?"),
+        "system": chat(model, "What is said of strings?", english(1500, "strings")),
         "long": english(3000, "objects"),
         "longest": english(6000, "specialnames"),
     }
+    if getattr(case.oracle, "func", case.oracle) is PeaksOracle:
+        # Its special tokens alone would take more than any of the budgets.
+        found["marked"] = "<|im_end|><|im_start|>".join(english(1800, "import").split(" "))
+    return found
 
 
-def traces_of(model: str, ladder: str, engine: Engine) -> dict[str, list[Trace]]:
+def traces_of(model: str, case: Case, engine: Engine) -> dict[str, list[Trace]]:
     """What the engine does, by prompt."""
     names = {}
-    for name, text in prompts(model).items():
-        for recovery, budget in GOALS[ladder]:
-            goal = {"fastgen_kv_budget": budget} if budget else {"fastgen_recovery": recovery}
-            key = engine.add(text, max_tokens=NUM_TOKENS, ignore_eos=True, extra_args=goal)
+    for name, text in prompts(model, case).items():
+        for recovery, budget in case.goals:
+            key = engine.add(
+                text,
+                max_tokens=NUM_TOKENS,
+                ignore_eos=True,
+                extra_args=goal(recovery, budget),
+            )
             names[key] = (name, recovery, budget)
     traces: dict[str, list[Trace]] = {}
     for key, result in engine.run(trace=True).items():
         name, recovery, budget = names[key]
         assert len(result.kept) == NUM_TOKENS, f"{name}: {len(result.kept)} steps traced"
-        # The adaptive ladder keeps the last 64 tokens: little is left of a short prompt.
+        # Windows and the least memory leave little of a short prompt.
         assert result.info["kv_kept_ratio"] < 1.0 or len(result.prompt) < 256
-        trace = Trace(result.prompt, result.output, result.policy, result.kept, recovery, budget)
+        did = (result.prompt, result.output, rungs_of(result), result.kept)
+        trace = Trace(*did, recovery, budget, case.least_tokens)
         traces.setdefault(name, []).append(trace)
     lengths = {name: len(each[0].prompt) for name, each in traces.items()}
     assert min(lengths.values()) >= 45 and max(lengths.values()) >= 1200, lengths
     return traces
 
 
-def traces_of_another_engine(model: str, ladder: str, target: Path) -> dict[str, list[Trace]]:
+def goal(recovery: float, budget: float | None) -> dict[str, float]:
+    return {"fastgen_kv_budget": budget} if budget else {"fastgen_recovery": recovery}
+
+
+def rungs_of(result: Finished) -> list[list[Rung]]:
+    """What the engine's numbers of heads say."""
+    rules = result.rules
+    assert rules is not None
+    numbers = (rules.sticky_kinds, rules.frequent, rules.local, rules.least_window)
+    columns = zip(*(tensor.tolist() for tensor in numbers), strict=True)
+    return [[rung_of(*head) for head in zip(*layer, strict=True)] for layer in columns]
+
+
+def rung_of(sticky_kinds: int, frequent: int, local: int, least_window: int) -> Rung:
+    if least_window == UNBOUNDED:
+        return FULL
+    components = frozenset(name for name, bit in CLASS_BITS.items() if sticky_kinds & bit)
+    return Rung(components, Fraction(frequent, 10_000), Fraction(local, 10_000), least_window)
+
+
+def traces_of_another_engine(model: str, name: str, target: Path) -> dict[str, list[Trace]]:
     """From a process of its own: two engines in one undo each other."""
-    command = [sys.executable, __file__, model, ladder, str(target)]
+    command = [sys.executable, __file__, model, name, str(target)]
     subprocess.run(command, check=True, timeout=400)
     return pickle.loads(target.read_bytes())
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("ladder", ["adaptive", "paper"])
+@pytest.mark.parametrize("name", CASES)
 def test_engine_equals_oracle(
-    model: str, ladder: str, tmp_path: Path, request: pytest.FixtureRequest
+    model: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    if ladder == "adaptive":
-        traces = traces_of(model, ladder, request.getfixturevalue("engine"))
+    case = CASES[name]
+    if case.fastgen is None:
+        traces = traces_of(model, case, request.getfixturevalue("engine"))
     else:
-        traces = traces_of_another_engine(model, ladder, tmp_path / "traces")
-    oracle = Oracle(model, SETTINGS[ladder])
+        traces = traces_of_another_engine(model, name, tmp_path / "traces")
+    oracle = case.oracle(model)
     granted = 0
-    for name, each in traces.items():
+    for prompt, each in traces.items():
         for trace, verdict in zip(each, oracle.replay(each), strict=True):
-            goal = trace.budget or trace.threshold
-            assert not verdict.mismatches, f"{name} at {goal}: {verdict.mismatches[:5]}"
+            asked = trace.budget or trace.threshold
+            assert not verdict.mismatches, f"{prompt} at {asked}: {verdict.mismatches[:5]}"
             granted += verdict.granted
-    total = 90 * NUM_TOKENS * len(traces) * len(GOALS[ladder])
+    total = 90 * NUM_TOKENS * len(traces) * len(case.goals)
     assert granted < total / 1000, f"{granted} of {total} decisions were near-ties"
 
 
@@ -79,6 +145,8 @@ if __name__ == "__main__":
     import os
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    _, model_path, ladder_name, out = sys.argv
-    paper = Engine.start(kv_bytes=1 << 30, recovery=0.9, ladder=ladder_name)
-    Path(out).write_bytes(pickle.dumps(traces_of(model_path, ladder_name, paper)))
+    _, model_path, case_name, out = sys.argv
+    own = CASES[case_name].fastgen
+    assert own is not None
+    other = Engine.start(kv_bytes=1 << 30, fastgen=own)
+    Path(out).write_bytes(pickle.dumps(traces_of(model_path, CASES[case_name], other)))

@@ -141,6 +141,10 @@ def test_config_unpickles_before_plugins_load() -> None:
         ),
         ({"additional_config": {"fastgen": {"recovry": 1}}}, r"fastgen\.recovry: unknown key"),
         ({"additional_config": {"fastgen": {"recovery": 2.0}}}, r"fastgen\.recovery: got 2\.0"),
+        (
+            {"additional_config": {"fastgen": {"method": "defensivekv", "kv_budget": 0.3}}},
+            r"fastgen\.method: 'defensivekv' .* `fastgen eval` only. Leave",
+        ),
     ],
 )
 def test_refused_at_start_up(model: str, options: dict[str, Any], message: str) -> None:

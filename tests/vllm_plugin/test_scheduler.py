@@ -21,7 +21,7 @@ from fastgen_vllm.vllm_plugin.scheduler import FastGenAsyncScheduler, FastGenSch
 BLOCK, PAGES = 16, 6
 """Tokens of a block; its pages, two heads in each of three layers."""
 PROMPT = 64
-KEPT = Kept(kept_slots=100, total_slots=384, vacated_blocks=2, policy_heads={"local": 6})
+KEPT = Kept(100, 384, 2, {"local": 6}, budget=0.25, recovery=0.75, protected_tokens=3)
 
 Scheduler = FastGenScheduler | FastGenAsyncScheduler
 
@@ -151,5 +151,8 @@ def test_output_that_a_stop_string_may_end_tells_what_was_kept(
     (outputs,) = finish(scheduler, plan, report).values()
     (output,) = outputs.outputs
     assert output.finish_reason is None
-    summary = {"kv_kept_ratio": 100 / 384, "vacated_blocks": 2, "policy_heads": {"local": 6}}
+    summary = {
+        **{"kv_kept_ratio": 100 / 384, "vacated_blocks": 2, "policy_heads": {"local": 6}},
+        **{"kv_budget": 0.25, "kv_recovery": 0.75, "protected_tokens": 3},
+    }
     assert output.kv_transfer_params == ({"fastgen": summary} if told else None)

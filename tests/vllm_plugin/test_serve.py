@@ -137,6 +137,8 @@ def test_every_override_works(client: openai.OpenAI, chat: bool) -> None:
         {"fastgen_compress": True},
         {"fastgen_recovery": 0.6},
         {"fastgen_kv_budget": 0.3},
+        {"fastgen_kv_budget": 0.3, "fastgen_protect": [0, 40, 60, 80]},
+        {"fastgen_kv_budget": 0.3, "fastgen_min_recovery": 0.9},
     ]
     ratios = {}
     for xargs in wholes + shares:
@@ -146,8 +148,9 @@ def test_every_override_works(client: openai.OpenAI, chat: bool) -> None:
         assert ask(client, chat, True, xargs) == (answer, None)
     kept = [ratios[json.dumps(xargs)] for xargs in wholes + shares]
     assert kept[: len(wholes)] == [1.0] * len(wholes)
-    default, compressed, recovery, budget = kept[len(wholes) :]
-    assert 1 > default == compressed > recovery > budget > 0.25
+    default, compressed, recovery, budget, protected, floor = kept[len(wholes) :]
+    assert 1 > default == compressed > recovery > 0.25 and 0.35 > budget > 0.28
+    assert 1 > protected > budget and 1 > floor > budget
 
 
 @pytest.mark.engine
@@ -160,6 +163,9 @@ def test_every_override_works(client: openai.OpenAI, chat: bool) -> None:
         ({"fastgen_kv_budget": "0.5"}, "request.fastgen_kv_budget: got '0.5'"),
         ({"fastgen_compress": 2}, "request.fastgen_compress: got 2"),
         ({"fastgen_budget": 0.5}, "request.fastgen_budget: unknown key"),
+        ({"fastgen_protect": "user"}, "request.fastgen_protect: got 'user'"),
+        ({"fastgen_protect": [0, 100000]}, r"fastgen_protect: \[0, 100000\] goes beyond"),
+        ({"fastgen_min_recovery": 0.5}, "fastgen_min_recovery: 0.5 goes with a budget"),
     ],
 )
 def test_wrong_override_is_an_error_of_the_request(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.engine import KOREAN, Engine, Finished, chat, english
 from helpers.paths import PROGRAMS
 from vllm.exceptions import VLLMValidationError
@@ -16,6 +17,7 @@ from vllm.sampling_params import BeamSearchParams
 
 from fastgen_vllm.config import RequestOverride
 from fastgen_vllm.runtime.report import StepReport
+from fastgen_vllm.tools.models import load_tokenizer
 
 NATURAL = [
     ("booleans", 200),
@@ -68,7 +70,9 @@ def test_chunk_size_does_not_change_policies(engine: Engine) -> None:
     name = engine.add(prompt, max_tokens=8, ignore_eos=True)
     together = engine.run(trace=True)
     assert set(others) < set(together)
-    assert together[name].policy == alone.policy
+    ours, theirs = together[name].rules, alone.rules
+    assert ours is not None and theirs is not None
+    assert all(map(torch.equal, ours.tensors(), theirs.tensors()))
     assert together[name].kept == alone.kept
     assert together[name].output == alone.output
 
@@ -177,9 +181,51 @@ def test_what_is_kept_whole_stays_whole_after_preemptions(engine: Engine) -> Non
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("protect", ["system", [5, 60, 100, 140]])
+def test_protected_tokens_stay(model: str, engine: Engine, protect: Any) -> None:
+    """In every head and at every step, and the rest keeps its share; in the next request not."""
+    prompt = chat(model, english(1800, "types"), english(700, "strings"))
+    asked = {"fastgen_kv_budget": 0.2}
+    names = [
+        engine.add(prompt, max_tokens=20, ignore_eos=True, extra_args=extra)
+        for extra in ({**asked, "fastgen_protect": protect}, asked)
+    ]
+    done = engine.run(trace=True)
+    ours, bare = (done[name] for name in names)
+    n = len(ours.prompt)
+    ends = load_tokenizer(model).encode("<|im_end|>", add_special_tokens=False)[0]
+    first = ours.prompt.index(ends)
+    wanted = {*range(first)} if protect == "system" else {*range(5, 60), *range(100, 140)}
+    assert 80 < len(wanted) < n / 2
+    assert all(wanted <= head for step in ours.kept for layer in step for head in layer)
+    assert not all(wanted <= head for layer in bare.kept[0] for head in layer)
+    share = len(wanted) / n
+    assert ours.info["protected_tokens"] == len(wanted) and bare.info["protected_tokens"] == 0
+    assert ours.info["kv_budget"] == pytest.approx(share + 0.2 * (1 - share))
+    assert bare.info["kv_budget"] == 0.2
+    assert share < ours.info["kv_kept_ratio"] < ours.info["kv_budget"] + 0.05
+
+
+@pytest.mark.engine
+def test_a_request_keeps_what_its_recovery_needs(engine: Engine) -> None:
+    prompt, asked = english(2500, "types"), {"fastgen_kv_budget": 0.1}
+    names = [
+        engine.add(prompt, max_tokens=3, extra_args={**asked, "fastgen_min_recovery": least})
+        for least in (0.0, 0.9)
+    ]
+    done = engine.run()
+    bare, needed = (done[name].info for name in names)
+    assert bare["kv_budget"] == 0.1 and bare["kv_recovery"] < 0.8
+    assert needed["kv_recovery"] >= 0.9 and needed["kv_budget"] > 0.15
+    assert needed["kv_kept_ratio"] > bare["kv_kept_ratio"]
+
+
+@pytest.mark.engine
 def test_wrong_override_is_that_requests_error(engine: Engine) -> None:
     with pytest.raises(VLLMValidationError, match=r"fastgen_recovery: got 1\.5"):
         engine.add(english(300), recovery=1.5)
+    with pytest.raises(VLLMValidationError, match=r"\[0, 900\] goes beyond the prompt's \d+ tok"):
+        engine.add("Hello", extra_args={"fastgen_protect": [0, 900]})
     with pytest.raises(VLLMValidationError, match="unknown key"):
         engine.add(english(300), extra_args={"fastgen_recovry": 0.9})
     name = engine.add(english(300))

@@ -1,4 +1,4 @@
-"""The profiling pass of peaks: the most attention that each key receives of one query."""
+"""The profiling pass of peaks: the most attention that a key receives of one query, and the sum."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def attention_peaks_kernel(
     page_table,
     lse,
     peaks,
+    sums,
     num_queries,
     num_keys,
     first_position,
@@ -47,7 +48,7 @@ def attention_peaks_kernel(
     TILE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """``TILE`` keys of one head. Nobody else raises their peaks."""
+    """``TILE`` keys of one head. Nobody else writes theirs."""
     first_key, head = tl.program_id(0) * TILE, tl.program_id(1).to(tl.int64)
     key, lane = first_key + tl.arange(0, TILE), tl.arange(0, D_PAD)
     is_key, is_lane = key < num_keys, lane < D
@@ -58,7 +59,7 @@ def attention_peaks_kernel(
     k = tl.load(pages + at[:, None] * (2 * D) + lane[None, :], mask=mask, other=0.0)
     behind = tl.maximum(first_key - first_position, 0)
     first_query = (behind + position_step - 1) // position_step
-    best = tl.full([TILE], float("-inf"), tl.float32)
+    best, total = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
     for g in range(0, G):
         for start in range(first_query, num_queries, TILE):
             i = start + tl.arange(0, TILE)
@@ -72,19 +73,28 @@ def attention_peaks_kernel(
             normaliser = tl.load(lse_at, mask=is_query, other=float("inf")) * 1.4426950408889634
             score = product(k, tl.trans(q), INTERPRETED) * scale_log2 - normaliser[None, :]
             seen = (position[None, :] >= key[:, None]) & is_key[:, None]
-            best = tl.maximum(best, tl.max(tl.where(seen, score, float("-inf")), 1))
-    into = peaks + head * stride_ph + key
-    before = tl.load(into, mask=is_key, other=0.0)
-    tl.store(into, tl.maximum(before, tl.exp2(best)), mask=is_key)
+            p = tl.exp2(tl.where(seen, score, float("-inf")))
+            best = tl.maximum(best, tl.max(p, 1))
+            total += tl.sum(p, 1)
+    into = head * stride_ph + key
+    before = tl.load(peaks + into, mask=is_key, other=0.0)
+    tl.store(peaks + into, tl.maximum(before, best), mask=is_key)
+    before = tl.load(sums + into, mask=is_key, other=0.0)
+    tl.store(sums + into, before + total, mask=is_key)
 
 
 def attention_peaks(
-    queries: ProfiledQueries, keys: PromptKeys, scale: float, peaks: torch.Tensor
+    queries: ProfiledQueries,
+    keys: PromptKeys,
+    scale: float,
+    peaks: torch.Tensor,
+    sums: torch.Tensor,
 ) -> None:
     """As ``reference.attention_peaks``."""
     query, page_table = queries.query, keys.page_table
     c, heads, group, head_size = query.shape
     assert query.stride(3) == peaks.stride(1) == page_table.stride(1) == 1
+    assert sums.stride() == peaks.stride()
     tile = 64 if head_size <= 128 else 32
     attention_peaks_kernel[(triton.cdiv(keys.num_keys, tile), heads)](
         query,
@@ -92,6 +102,7 @@ def attention_peaks(
         page_table,
         queries.lse,
         peaks,
+        sums,
         c,
         keys.num_keys,
         queries.first_position,

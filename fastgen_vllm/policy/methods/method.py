@@ -28,6 +28,7 @@ class Method:
         choose: takes the ladder, the prompt's statistics and the goal.
         hybrids: the ladder for a budget, ``full`` last. Heads that are not full evict while
             decoding, as their hybrid says.
+        needs_model: it looks at ``PromptStats.observed``, which ``fastgen eval`` alone gathers.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Method:
     profiling: Profiling
     choose: Callable[[Ladder, PromptStats, Goal], Choice]
     hybrids: Callable[[float], tuple[Hybrid, ...]] = full_only
+    needs_model: bool = False
 
 
 def as_ratio(share: float) -> float:
@@ -51,7 +53,12 @@ def keys_per_head(stats: PromptStats, goal: Goal) -> int:
 
 def window_first(stats: PromptStats) -> torch.Tensor:
     """The scores, with the observation window's own keys ahead of all."""
-    scores = stats.scores.clone()
+    return with_window(stats.scores, stats)
+
+
+def with_window(scores: torch.Tensor, stats: PromptStats) -> torch.Tensor:
+    """``scores`` ``[L, H, n]``, with the observation window's own keys ahead of all."""
+    scores = scores.clone()
     scores[..., -stats.profiling.window :] = float("inf")
     return scores
 
@@ -60,6 +67,13 @@ def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """bool, where the ``count`` highest of the last dimension are."""
     best = scores.topk(min(count, scores.shape[-1]), dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+
+
+def highest_of_each(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """bool ``[L, H, n]``, where the ``counts`` ``[L, H]`` highest of each head are."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    first = torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]
+    return torch.zeros_like(first).scatter_(-1, order, first)
 
 
 def first_rung(stats: PromptStats) -> torch.Tensor:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import torch
 
 from fastgen_vllm.kernels.contract import UNBOUNDED, HeadRules
-from fastgen_vllm.policy.choice import Choice, Goal, Profiling, PromptStats
+from fastgen_vllm.policy.choice import Choice, Goal, Profiling, PromptStats, pages_within
 from fastgen_vllm.policy.hybrids import FULL, Hybrid, Ladder
 from fastgen_vllm.policy.methods.method import Method
 from fastgen_vllm.tensors import RATIO_UNIT, layers_at_once
 
-POOL_WEIGHT, POOL_BEFORE, POOL_AFTER = 0.1, 32, 4
-"""What follows an important key is read next: a key ranks higher for the best of the 32 before it
+POOL_WEIGHT, POOL_BEFORE, POOL_AFTER = 0.1, 64, 4
+"""What follows an important key is read next: a key ranks higher for the best of the 64 before it
 and of the 4 after it."""
 
 SEED = 4.0
@@ -42,36 +42,51 @@ def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
     assert goal.budget is not None, "such a method has a budget"
     n, page = stats.num_tokens, stats.page_size
     heads, pages_each = stats.scores.shape[0] * stats.scores.shape[1], -(-n // page)
-    room = int(max(goal.budget, goal.least_tokens / n) * pages_each * heads)
+    room = pages_within(max(goal.budget, goal.least_tokens / n), pages_each * heads)
     always = _always(ladder, stats)
     if -(-int(always.sum()) // page) * heads > room:
         stats = stats.with_sinks_alone()
         always = _always(ladder, stats)
     rank = ranks(stats).masked_fill(always, float("inf"))
-    counts = _counts(rank, page, room)
+    chosen = _counts(rank, page, room)
+    counts = (-(-chosen // page) * page).clamp(max=n)
     kept = torch.empty_like(rank, dtype=torch.bool)
     for layers in layers_at_once(kept):
         order = rank[layers].sort(dim=-1, descending=True, stable=True).indices
         first = torch.arange(n, device=rank.device) < counts[layers][..., None]
         kept[layers] = torch.zeros_like(first).scatter(-1, order, first)
-    special = (stats.token_classes & ladder.hybrids[0].sticky_kinds) != 0
-    sticky = special.expand(kept.shape)
+    sticky = _sticky(ladder, stats).expand(kept.shape)
     score = rank.masked_fill(always, 0.0)
-    recovery = (kept * stats.scores).sum(-1) / stats.scores.sum(-1)
-    rules = _rules(ladder, (kept & ~always).sum(-1), counts >= n, n)
+    recovery = _recovery(stats, kept)
+    # A head of which nothing was chosen is local, though its last page is filled.
+    frequent = (kept & ~always).sum(-1) * (chosen > always.sum())
+    rules = _rules(ladder, frequent, counts >= n, n)
     return Choice(rules, kept, sticky, SEED * score, recovery)
+
+
+def _recovery(stats: PromptStats, kept: torch.Tensor) -> torch.Tensor:
+    """Attention of the queries that were looked at: float32 ``[L, H]``, 1 where it is all on keys
+    that they do not count on."""
+    lost = torch.empty(kept.shape[:2], device=kept.device)
+    for layers in layers_at_once(kept):
+        lost[layers] = (stats.shares(layers)[:, :, 0, :, 0] * ~kept[layers]).sum(-1)
+    return 1 - lost
 
 
 def _always(ladder: Ladder, stats: PromptStats) -> torch.Tensor:
     """bool ``[n]``: sticky tokens and the least window."""
     position = torch.arange(stats.num_tokens, device=stats.scores.device)
-    sticky = (stats.token_classes & ladder.hybrids[0].sticky_kinds) != 0
-    return sticky | (position >= stats.num_tokens - ladder.least_window)
+    return _sticky(ladder, stats) | (position >= stats.num_tokens - ladder.least_window)
+
+
+def _sticky(ladder: Ladder, stats: PromptStats) -> torch.Tensor:
+    """bool ``[n]``: special and protected tokens."""
+    return (stats.token_classes & ladder.rules.sticky_kinds[0]) != 0
 
 
 def _counts(rank: torch.Tensor, page: int, room: int) -> torch.Tensor:
-    """Keys of each head, in whole pages, of the lowest rank whose pages fit: int64 ``[L, H]``."""
-    ordered, n = rank.flatten().sort(descending=True).values, rank.shape[-1]
+    """Keys of each head down to the lowest rank at which their pages fit: int64 ``[L, H]``."""
+    ordered = rank.flatten().sort(descending=True).values
     low = torch.zeros(1, dtype=torch.int64, device=rank.device)
     high = torch.full_like(low, len(ordered) - 1)
     for _ in range(len(ordered).bit_length()):
@@ -79,12 +94,11 @@ def _counts(rank: torch.Tensor, page: int, room: int) -> torch.Tensor:
         used = -(-(rank >= ordered.gather(0, middle)).sum(-1) // page)
         fits = used.sum() <= room
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
-    counts = (rank >= ordered.gather(0, low)).sum(-1)
-    return (-(-counts // page) * page).clamp(max=n)
+    return (rank >= ordered.gather(0, low)).sum(-1)
 
 
 def _rules(ladder: Ladder, frequent: torch.Tensor, full: torch.Tensor, n: int) -> HeadRules:
-    """Each head's share: it keeps as large a share of frequent tokens while the sequence grows."""
+    """Each head's shares, which it goes on with while the sequence grows."""
     first = ladder.rules[0]
     shape = frequent.shape
 
@@ -94,6 +108,7 @@ def _rules(ladder: Ladder, frequent: torch.Tensor, full: torch.Tensor, n: int) -
     rules = HeadRules(*(everywhere(tensor) for tensor in first.tensors()))
     share = -(-frequent * RATIO_UNIT // n)
     rules.frequent.copy_(share.masked_fill(full, 0))
+    rules.local.copy_((~full) * min(RATIO_UNIT, ladder.least_window * RATIO_UNIT // n))
     rules.keeps_scores.copy_(~full)
     rules.least_window.masked_fill_(full, UNBOUNDED)
     rules.sticky_kinds.masked_fill_(full, 0)
@@ -101,5 +116,5 @@ def _rules(ladder: Ladder, frequent: torch.Tensor, full: torch.Tensor, n: int) -
 
 
 PEAKS = Method(
-    "peaks", "this project", Profiling("last", 32, 1, 32, 4, True, True), choose, hybrids
+    "fastgen", "this project", Profiling("end", 32, 1, 32, 4, True, True, 256), choose, hybrids
 )

@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.progress import track
 
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.policy.methods import METHODS
-from fastgen_vllm.tools.eval.tasks import Item, Load, items, run
+from fastgen_vllm.tools.eval.kvpress import Kvpress, KvpressLab
+from fastgen_vllm.tools.eval.material import Half, Item, Load
+from fastgen_vllm.tools.eval.measure import run
+from fastgen_vllm.tools.eval.tasks import items
+from fastgen_vllm.tools.inputs import InputError
 from fastgen_vllm.tools.lab import Lab, Variant
 from fastgen_vllm.tools.machine import machine
 from fastgen_vllm.tools.models import check_context, load_tokenizer
 
 PEER_METHODS = tuple(name for name in METHODS if name != "fastgen")
-FULL_LOAD = Load((1024, 2048), continuations=6, retrievals=3, agreements=12)
-QUICK_LOAD = Load((1024,), continuations=4, retrievals=2, agreements=2, num_tokens=32)
-BUDGETS, QUICK_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.7), (0.2, 0.4)
-RECOVERIES, QUICK_RECOVERIES = (0.8, 0.84, 0.88, 0.92, 0.96), (0.84, 0.88)
+COUNTS = {
+    **{"continuation": 8, "code": 6, "answers": 8, "retrieval": 6},
+    **{"tools": 12, "instructions": 8, "chat": 6, "few_shot": 8},
+}
+"""Prompts of each task and length."""
+QUICK_COUNTS = dict.fromkeys(COUNTS, 2) | {"retrieval": 3, "continuation": 4}
+LENGTHS, QUICK_LENGTHS = (1024, 2048), (1024,)
+BUDGETS, QUICK_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), (0.2, 0.4)
+RECOVERIES, QUICK_RECOVERIES = (0.88, 0.96), (0.88,)
+MOST_DIFFERENCE = 1e-3
+"""Nats a token between two full caches of one model, in float32."""
+
+
+def load_of(
+    quick: bool, lengths: Sequence[int] | None, tasks: Sequence[str] | None, half: Half
+) -> Load:
+    """What was asked for, or else everything.
+
+    Raises:
+        InputError: there is no such task.
+    """
+    counts = QUICK_COUNTS if quick else COUNTS
+    for task in tasks or ():
+        if task not in counts:
+            raise InputError(f"There is no task {task!r}. Take one of {', '.join(counts)}.")
+    chosen = {task: counts[task] for task in counts if not tasks or task in tasks}
+    return Load(tuple(lengths or (QUICK_LENGTHS if quick else LENGTHS)), chosen, half)
 
 
 def variants(
@@ -32,109 +59,94 @@ def variants(
     recoveries: Sequence[float],
     settings: dict[str, Any],
 ) -> list[Variant]:
-    """The full cache first; then every method over the budgets, and both ladders over T.
+    """The full cache first; then FastGen and every method over the budgets, and ladders.
 
     Args:
         settings: of FastGen's own method. A goal among them gives way to those compared, and
             where they do not say otherwise a budget is meant for short prompts too.
     """
-    goals = ("kv_budget", "recovery")
-    own = {"min_prompt_tokens": 1} | {k: v for k, v in settings.items() if k not in goals}
+
+    def of(name: str, budget: float | None, recovery: float | None, **other: Any) -> Variant:
+        goal = {"kv_budget": budget} if recovery is None else {"recovery": recovery}
+        config = FastGenConfig.from_dict({"min_prompt_tokens": 1, **other, **goal})
+        target = f"budget {budget:g}" if recovery is None else f"T {recovery:g}"
+        return Variant(f"{name}, {target}", config)
+
+    own = {k: v for k, v in settings.items() if k not in ("kv_budget", "recovery")}
     found = [Variant("full", FastGenConfig(kv_budget=1.0))]
-    for recovery in recoveries:
-        config = FastGenConfig.from_dict({**own, "recovery": recovery})
-        found.append(Variant(f"FastGen, T {recovery:g}", config))
-        config = FastGenConfig(ladder="paper", recovery=recovery)
-        found.append(Variant(f"paper's ladder, T {recovery:g}", config))
     for budget in budgets:
-        config = FastGenConfig.from_dict({**own, "kv_budget": budget})
-        found.append(Variant(f"FastGen, budget {budget:g}", config))
-        found += [
-            Variant(
-                f"{m}, budget {budget:g}",
-                FastGenConfig.from_dict({"method": m, "kv_budget": budget}),
-            )
-            for m in methods
-        ]
+        found.append(of("FastGen", budget, None, **own))
+        found.append(of("adaptive ladder", budget, None, ladder="adaptive"))
+        found += [of(method, budget, None, method=method) for method in methods]
+    for recovery in recoveries:
+        found.append(of("adaptive ladder", None, recovery, ladder="adaptive"))
+        found.append(of("paper's ladder", None, recovery, ladder="paper"))
     return found
 
 
 def run_eval(
-    model: str, texts: Path, load: Load, compared: Sequence[Variant], settings: dict[str, Any]
+    model: str,
+    texts: Path,
+    load: Load,
+    compared: Sequence[Variant],
+    settings: dict[str, Any],
+    kvpress: Kvpress | None = None,
 ) -> dict[str, Any]:
-    """Everything, as one JSON object.
+    """Everything, as one JSON object; the figures of every prompt are lists, a value a variant.
 
     Raises:
         InputError: the texts or the model are too short for the load.
     """
-    longest = max(load.lengths) + load.num_tokens + 256
-    check_context(model, longest, "--length with a question and its answer")
+    check_context(model, max(load.lengths) + 256, "--length with a question and its answer")
     todo = list(items(load_tokenizer(model), texts, load))
+    longest = max(len(item.prompt) + max(len(item.target), item.most_tokens) for item in todo)
     share = sum(v.config.kv_budget or 1.0 for v in compared)
-    lab = Lab(model, compared, int(longest * (share + 2) * 1.1))
-    found = Found()
-    with Progress() as progress:
-        for item in progress.track(todo, description="prompts"):
-            found.add(item, run(lab, item, load.num_tokens))
+    # Beside the variants' own: the prompt as encoded, and the copy that is being compacted. Each
+    # grows by its answer, and by what its heads' last pages leave free.
+    lab = Lab(model, compared, int(longest * (share + 2) * 1.1) + 256 * len(compared))
+    names = [v.name for v in compared]
+    labs: list[Lab | KvpressLab] = [lab]
+    with ExitStack() as stack:
+        if kvpress is not None:
+            peers = stack.enter_context(KvpressLab(model, kvpress, lab))
+            names += [v.name for v in peers.variants[1:]]
+            labs.append(peers)
+        prompts = [_figures(labs, item) for item in track(todo, description="prompts")]
     return {
         "date": date.today().isoformat(),
         "machine": machine(),
         "model": Path(model).name,
         "settings": settings,
+        "kvpress": kvpress and {"version": peers.version},
         "load": asdict(load),
-        "variants": [
-            {"name": v.name, "method": v.name.split(",")[0], **figures(found, i)}
-            for i, v in enumerate(compared)
-        ],
+        "variants": [{"name": name, "method": name.split(",")[0]} for name in names],
+        "prompts": prompts,
     }
 
 
-class Found:
-    """Figures of all prompts so far."""
-
-    def __init__(self) -> None:
-        self._items: list[tuple[Item, dict[str, torch.Tensor]]] = []
-
-    def add(self, item: Item, figures: dict[str, torch.Tensor]) -> None:
-        """``figures`` are ``[variants]`` each."""
-        self._items.append((item, figures))
-
-    def values(self, name: str, task: str | None = None, kind: str | None = None) -> torch.Tensor:
-        """float32 ``[prompts, variants]``, of one task and one kind of it where they are named."""
-        return torch.stack(
-            [
-                figures[name]
-                for item, figures in self._items
-                if task in (None, item.task) and kind in (None, item.kind)
-            ]
-        )
-
-    def by_kind(self, name: str, task: str, index: int) -> dict[str, float]:
-        """The mean of variant ``index`` for each kind of a task."""
-        kinds = {item.kind: None for item, _ in self._items if item.task == task}
-        return {kind: float(self.values(name, task, kind)[:, index].mean()) for kind in kinds}
+def _figures(labs: Sequence[Lab | KvpressLab], item: Item) -> dict[str, Any]:
+    about = {"task": item.task, "kind": item.kind, "length": item.length}
+    found = side_by_side([run(lab, item) for lab in labs])
+    return {**about, "tokens": len(item.prompt), **{k: v.tolist() for k, v in found.items()}}
 
 
-def figures(found: Found, index: int) -> dict[str, Any]:
-    """What the report says of variant ``index``. Variant 0 is the full cache."""
-    loss = found.values("loss", "continuation")
-    excess, whole = loss[:, index] - loss[:, 0], float(loss[:, 0].mean())
-    rouge_l = found.values("rouge_l", "agreement")[:, index]
+def side_by_side(found: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Figures of several labs on one prompt. The full caches of all but the first only say whether
+    theirs is the same model.
+
+    Raises:
+        InputError: it is not: the loss of a true continuation differs.
+    """
+    first, *others = found
+    for other in others:
+        difference = float(other["loss"][0] - first["loss"][0]) if "loss" in first else 0.0
+        if abs(difference) > MOST_DIFFERENCE:
+            raise InputError(
+                f"The full cache's loss differs by {difference:+.4f} between kvpress's "
+                "transformers and ours, so they do not compute the same model. Take another "
+                "version of either."
+            )
     return {
-        "kept_slots": float(found.values("slots")[:, index].mean()),
-        "kept_memory": float(found.values("pages")[:, index].mean()),
-        "loss": float(loss[:, index].mean()),
-        "loss_increase": float(excess.mean()) / whole,
-        "loss_increase_error": _standard_error(excess) / whole,
-        "retrieval": float(found.values("accuracy", "retrieval")[:, index].mean()),
-        "retrieval_by_kind": found.by_kind("accuracy", "retrieval", index),
-        "rouge_l": float(rouge_l.mean()),
-        "rouge_l_error": _standard_error(rouge_l),
-        "same_tokens": float(found.values("same_tokens", "agreement")[:, index].mean()),
-        "rouge_l_by_language": found.by_kind("rouge_l", "agreement", index),
+        name: torch.cat([values, *(other[name][1:] for other in others)])
+        for name, values in first.items()
     }
-
-
-def _standard_error(values: torch.Tensor) -> float:
-    """The standard error of the mean; 0 where there is one value."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0

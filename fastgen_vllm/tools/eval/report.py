@@ -1,43 +1,165 @@
-"""The figures of ``fastgen eval`` as a Markdown table and as a chart."""
+"""The figures of ``fastgen eval`` as Markdown tables and as a chart."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PANELS = {
-    "loss_increase": "continuation loss, increase over the full cache",
-    "retrieval": "retrieval accuracy",
-    "rouge_l": "ROUGE-L against the full cache's answer",
-}
+import torch
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of one task.
+
+    Attributes:
+        name: among the figures of a prompt.
+        kind: of the task's prompts, or all of them.
+        low: whether less is better.
+    """
+
+    title: str
+    task: str
+    name: str
+    kind: str | None = None
+    low: bool = True
+
+
+FIGURES = (
+    Figure("text: loss", "continuation", "loss"),
+    Figure("text: KL", "continuation", "kl"),
+    Figure("code: loss", "code", "loss"),
+    Figure("code: KL", "code", "kl"),
+    Figure("answers, English: KL", "answers", "kl", "english"),
+    Figure("answers, Korean: KL", "answers", "kl", "korean"),
+    Figure("chat: KL", "chat", "kl"),
+    Figure("instructions: KL", "instructions", "kl"),
+    Figure("tool calls: KL", "tools", "kl"),
+    Figure("calls as the full cache's", "tools", "own", low=False),
+    Figure("calls well formed", "tools", "right", low=False),
+    Figure("instructions kept", "instructions", "right", low=False),
+    Figure("examples followed", "few_shot", "right", low=False),
+    Figure("numbers found", "retrieval", "right", low=False),
+)
+
+
+class Summary:
+    """Means over prompts of what ``run_eval`` found; the first variant is the full cache."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.variants: list[dict[str, Any]] = results["variants"]
+        self._prompts: list[dict[str, Any]] = results["prompts"]
+        slots, pages = (self._stack(self._prompts, name).mean(0) for name in ("slots", "pages"))
+        self.slots, self.pages = slots.tolist(), pages.tolist()
+
+    @staticmethod
+    def _stack(prompts: list[dict[str, Any]], name: str) -> torch.Tensor:
+        return torch.tensor([prompt[name] for prompt in prompts], dtype=torch.float64)
+
+    def values(self, figure: Figure) -> torch.Tensor | None:
+        """float64 ``[prompts, variants]``; losses over the full cache's mean. None without any."""
+        prompts = [
+            prompt
+            for prompt in self._prompts
+            if prompt["task"] == figure.task and figure.kind in (None, prompt["kind"])
+        ]
+        if not prompts:
+            return None
+        found = self._stack(prompts, figure.name)
+        if figure.name == "loss":
+            found = (found - found[:, :1]) / found[:, :1].mean()
+        return found
+
+    def figures(self) -> Iterator[tuple[Figure, torch.Tensor]]:
+        """Those whose task was run."""
+        for figure in FIGURES:
+            values = self.values(figure)
+            if values is not None:
+                yield figure, values
+
+    def count(self, task: str) -> int:
+        return sum(prompt["task"] == task for prompt in self._prompts)
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean; 0 where there is one value."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _cell(figure: Figure, values: torch.Tensor) -> str:
+    mean, error = float(values.mean()), standard_error(values)
+    if not figure.low:
+        return f"{int(values.sum())}"
+    if figure.name == "loss":
+        return f"{mean:+.1%} ± {error:.1%}"
+    return f"{1000 * mean:.0f} ± {1000 * error:.0f}"
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table of ``docs/results/quality.md``, by method and share kept."""
-    load = results["load"]
-    count = len(load["lengths"])
+    """A table of all variants by method and share, and where FastGen is not the best."""
+    summary, load = Summary(results), results["load"]
+    found = list(summary.figures())
+    tasks = {figure.task: summary.count(figure.task) for figure, _ in found}
+    counts = ", ".join(f"{count} {task.replace('_', '-')}" for task, count in tasks.items())
+    titles = [
+        f"{figure.title} of {len(values)}" if not figure.low else figure.title
+        for figure, values in found
+    ]
     lines = [
         f"{results['model']}, float32, {results['machine']}, {results['date']}; prompts of "
-        f"{' and '.join(map(str, load['lengths']))} tokens: {count * load['continuations']} "
-        f"continuations of {load['num_tokens']} tokens, "
-        f"{3 * count * load['retrievals']} retrievals, {count * load['agreements']} instructions.",
+        f"{', '.join(map(str, load['lengths']))} tokens from the {load['half']} half: {counts}. KL "
+        "in thousandths of a nat, and losses over the full cache's, with standard errors.",
         "",
-        "| method | slots kept | memory kept | loss against the full cache's | passkey | multi-key "
-        "| tracking | ROUGE-L | same first tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| method | slots kept | memory kept | {' | '.join(titles)} |",
+        "|---|---|---|" + "---|" * len(found),
     ]
-    order = {v["method"]: i for i, v in reversed(list(enumerate(results["variants"])))}
-    rows = sorted(results["variants"], key=lambda v: (order[v["method"]], v["kept_slots"]))
-    for v in rows:
-        kinds = v["retrieval_by_kind"]
-        cells = [f"{kinds[k]:.2f}" for k in ("passkey", "multi-key", "variable tracking")]
-        lines.append(
-            f"| {v['name']} | {v['kept_slots']:.3f} | {v['kept_memory']:.3f} "
-            f"| {v['loss_increase']:+.2%} ± {v['loss_increase_error']:.2%} | {' | '.join(cells)} "
-            f"| {v['rouge_l']:.3f} ± {v['rouge_l_error']:.3f} | {v['same_tokens']:.2f} |"
-        )
+    order = {v["method"]: i for i, v in reversed(list(enumerate(summary.variants)))}
+    by_method = sorted(
+        range(len(summary.variants)),
+        key=lambda i: (order[summary.variants[i]["method"]], summary.slots[i]),
+    )
+    for i in by_method:
+        cells = [_cell(figure, values[:, i]) for figure, values in found]
+        share = f"{summary.slots[i]:.3f} | {summary.pages[i]:.3f}"
+        lines.append(f"| {summary.variants[i]['name']} | {share} | {' | '.join(cells)} |")
+    better = list(_better(summary))
+    if better:
+        lines += ["", "Better than FastGen at the same budget, by more than one standard error of"]
+        lines += ["the difference paired by prompt:", "", *better]
     return "\n".join(lines) + "\n"
+
+
+def _better(summary: Summary) -> Iterator[str]:
+    """A line for each budget at which some method is better in some figure."""
+    goals = [v["name"].partition(", ")[2] for v in summary.variants]
+    for ours, variant in enumerate(summary.variants):
+        if variant["method"] != "FastGen":
+            continue
+        found: dict[str, list[str]] = defaultdict(list)
+        for figure, values in summary.figures():
+            for i, goal in enumerate(goals):
+                gain = (values[:, ours] - values[:, i]) * (1 if figure.low else -1)
+                if goal == goals[ours] and float(gain.mean()) > standard_error(gain):
+                    found[figure.title].append(summary.variants[i]["method"])
+        names = "; ".join(f"{title}: {', '.join(methods)}" for title, methods in found.items())
+        if names:
+            yield f"- {goals[ours]}: {names}."
+
+
+PANELS = (
+    Figure("text: KL", "continuation", "kl"),
+    Figure("code: KL", "code", "kl"),
+    Figure("answers: KL", "answers", "kl"),
+    Figure("tool calls: KL", "tools", "kl"),
+    Figure("chat: KL", "chat", "kl"),
+    Figure("numbers found", "retrieval", "right", low=False),
+    Figure("instructions: KL", "instructions", "kl"),
+    Figure("examples followed", "few_shot", "right", low=False),
+)
 
 
 def chart(results: dict[str, Any], path: Path) -> None:
@@ -47,37 +169,44 @@ def chart(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(15, 5), layout="constrained")
-    full, *others = results["variants"]
-    for axes, (key, title) in zip(panels, PANELS.items(), strict=True):
-        _panel(axes, others, key)
-        axes.axhline(full[key], color="black", linewidth=0.8)
-        axes.set_title(title, fontsize=11)
-    # Methods that fall apart would flatten all others.
-    worst = sorted(v["loss_increase"] for v in others)[int(0.85 * len(others))]
-    panels[0].set_ylim(-0.02, max(0.05, worst))
-    panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    summary = Summary(results)
+    shown = [figure for figure in PANELS if summary.values(figure) is not None]
+    columns = min(4, len(shown))
+    figure, panels = plt.subplots(
+        -(-len(shown) // columns),
+        columns,
+        figsize=(4.5 * columns, 9 if len(shown) > 4 else 5),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, each in zip(panels.flat, shown, strict=False):
+        _panel(axes, summary, each)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
     figure.suptitle(f"{results['model']}, {results['date']}", fontsize=11)
     figure.savefig(path, dpi=110)
 
 
-def _panel(axes: Any, variants: list[dict[str, Any]], key: str) -> None:
-    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for v in variants:
-        by_budget = v["name"].startswith("FastGen, budget")
-        lines["FastGen (budget)" if by_budget else v["method"]].append(v)
+def _panel(axes: Any, summary: Summary, figure: Figure) -> None:
+    values = summary.values(figure)
+    assert values is not None
+    means = values.mean(0).tolist()
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for i, variant in enumerate(summary.variants[1:], 1):
+        lines[variant["method"]].append((summary.slots[i], means[i]))
     for name, line in lines.items():
-        line.sort(key=lambda v: v["kept_slots"])
-        ours = name.startswith("FastGen")
+        ours = name == "FastGen"
         axes.plot(
-            [v["kept_slots"] for v in line],
-            [v[key] for v in line],
+            *zip(*sorted(line), strict=True),
             marker="o" if ours else ".",
             linewidth=2.5 if ours else 1.2,
             linestyle="-" if ours else "--",
             label=name,
         )
+    if figure.low:
+        axes.set_yscale("log")
+    else:
+        axes.axhline(means[0], color="black", linewidth=0.8)
+    axes.set_title(figure.title, fontsize=11)
     axes.set_xlabel("share of KV slots kept")
     axes.grid(alpha=0.3)

@@ -1,4 +1,5 @@
-"""FastGen: the cheapest hybrids that recover enough attention, or the best that a budget buys."""
+"""A ladder of hybrids: the cheapest that recover enough attention (the paper), or the best that a
+budget buys."""
 
 from __future__ import annotations
 
@@ -25,4 +26,4 @@ def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
     return reach_threshold(ladder, stats, goal.threshold)
 
 
-FASTGEN = Method("fastgen", "arXiv 2310.01801", Profiling("recent", 32, 31, 64, 4, True), choose)
+LADDER = Method("fastgen", "arXiv 2310.01801", Profiling("recent", 32, 31, 64, 4, True), choose)
