@@ -23,6 +23,7 @@ from fastgen_vllm.policy.methods import METHODS
 from fastgen_vllm.policy.methods.snapkv import OBSERVATION
 from fastgen_vllm.policy.observed import Observed
 from fastgen_vllm.tools.eval.kvpress import PRESSES, KvpressLab, of
+from fastgen_vllm.tools.eval.measure import divergence
 from fastgen_vllm.tools.lab import Lab, Variant
 from fastgen_vllm.tools.machine import machine
 from fastgen_vllm.tools.texts import texts_in
@@ -51,14 +52,13 @@ def ours(budget: float) -> list[Variant]:
     return found
 
 
-def divergence(lab: Lab | KvpressLab, target: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def follow(lab: Lab | KvpressLab, target: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean KL divergence from the first variant while all are given ``target``, ``[variants]``; and
     that variant's logits at the end."""
     total = torch.zeros(len(lab.variants))
     for token in target:
         lab.decode([token] * len(lab.variants))
-        expected = lab.logits.log_softmax(-1)
-        total += (expected[0].exp() * (expected[0] - expected)).sum(-1).clamp(min=0)
+        total += divergence(lab.logits.log_softmax(-1))
     return total / len(target), lab.logits[0]
 
 
@@ -110,7 +110,7 @@ class Comparison:
             kept = self.peers.kept_positions(self.peers.variants[theirs].name)
             shared[theirs, variant.name] = overlap(self.lab.kept_positions(variant.name), kept)
         (our_kl, our_end), (their_kl, their_end) = (
-            divergence(lab, target) for lab in (self.lab, self.peers)
+            follow(lab, target) for lab in (self.lab, self.peers)
         )
         assert self.lab.observed is not None, "one of the methods needs the model"
         for press in GIVEN_THEIR_SCORES:

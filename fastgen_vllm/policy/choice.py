@@ -72,6 +72,11 @@ class Goal:
     least_tokens: int = 1
     least_recovery: float = 0.0
 
+    def share_of(self, num_tokens: int) -> float:
+        """The share that a budget gives a prompt of so many tokens."""
+        assert self.budget is not None, "such a method has a budget"
+        return min(1.0, max(self.budget, self.least_tokens / num_tokens))
+
     @property
     def keeps_everything(self) -> bool:
         return 1.0 in (self.threshold, self.budget)

@@ -163,12 +163,12 @@ class PromptProfile:
         """What the prompt is given."""
         if self.goal.budget is None:
             return None
-        return min(1.0, max(self.goal.budget, self.goal.least_tokens / self.num_tokens))
+        return self.goal.share_of(self.num_tokens)
 
     def _enough(self, stats: PromptStats, goal: Goal) -> tuple[Goal, Choice]:
         """The lowest budget that recovers enough, to a thousandth, and its choice."""
         assert goal.budget is not None
-        low, high, enough = goal.budget, 1.0, replace(goal, budget=1.0)
+        low, high = goal.budget, 1.0
         shape = (self.heads.num_layers, self.heads.num_kv_heads, self.num_tokens)
         choice = Choice.everything(shape, stats.scores.device)
         while high - low > 1e-3:
@@ -176,10 +176,10 @@ class PromptProfile:
             tried = replace(goal, budget=middle)
             found = self.plan.method.choose(self.plan.ladder, stats, tried)
             if float(found.recovery.mean()) >= goal.least_recovery:
-                high, enough, choice = middle, tried, found
+                high, choice = middle, found
             else:
                 low = middle
-        return enough, choice
+        return replace(goal, budget=high), choice
 
     def _mass_of_keys(self) -> torch.Tensor:
         """float32 ``[L, H, n]``, of all distances and the whole group, in units of queries."""

@@ -51,13 +51,12 @@ def query_runs(
     each = torch.ones(num_tokens, dtype=torch.float64)
     if weighting == "last":
         bounds[1] = min(window, num_tokens)
-    elif weighting == "end":
-        distance = torch.arange(1, num_tokens + 1).double()
-        of_system = distance > num_tokens - system
-        each = (window / distance).clamp(max=1.0) * torch.where(of_system, SYSTEM, 1.0)
+    elif weighting != "uniform":
+        each = (window / torch.arange(1, num_tokens + 1).double()).clamp(max=1.0)
+    if weighting == "end":
+        each[num_tokens - system :] *= SYSTEM
         bounds[1] = min(END_QUERIES, num_tokens)
     elif weighting == "recent":
-        each = (window / torch.arange(1, num_tokens + 1).double()).clamp(max=1.0)
         bounds[1] = min(THINNED_FROM, num_tokens)
         while bounds[-1] < num_tokens:
             bounds.append(min(2 * bounds[-1], num_tokens))

@@ -20,8 +20,7 @@ PAPER_PROFILING = Profiling("uniform", 64, 1, 1, 0, False)
 
 def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
     if goal.budget is not None:
-        least = goal.least_tokens / stats.num_tokens
-        return share_budget(ladder, stats, max(goal.budget, least))
+        return share_budget(ladder, stats, goal.share_of(stats.num_tokens))
     assert goal.threshold is not None
     return reach_threshold(ladder, stats, goal.threshold)
 

@@ -8,7 +8,7 @@ import torch
 from fastgen_vllm.kernels.contract import UNBOUNDED, HeadRules
 from fastgen_vllm.policy.choice import Choice, Goal, Profiling, PromptStats, pages_within
 from fastgen_vllm.policy.hybrids import FULL, Hybrid, Ladder
-from fastgen_vllm.policy.methods.method import Method
+from fastgen_vllm.policy.methods.method import Method, highest_of_each
 from fastgen_vllm.tensors import RATIO_UNIT, layers_at_once
 
 POOL_WEIGHT, POOL_BEFORE, POOL_AFTER = 0.1, 64, 4
@@ -39,10 +39,9 @@ def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
     """The highest ranks whose pages fit the budget, over all layers and heads; then the next best
     of each head until its last page is full. Sticky tokens and the last ones come first; where they
     would take more than the budget, the sticky ones compete like others."""
-    assert goal.budget is not None, "such a method has a budget"
     n, page = stats.num_tokens, stats.page_size
     heads, pages_each = stats.scores.shape[0] * stats.scores.shape[1], -(-n // page)
-    room = pages_within(max(goal.budget, goal.least_tokens / n), pages_each * heads)
+    room = pages_within(goal.share_of(n), pages_each * heads)
     always = _always(ladder, stats)
     if -(-int(always.sum()) // page) * heads > room:
         stats = stats.with_sinks_alone()
@@ -52,9 +51,7 @@ def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
     counts = (-(-chosen // page) * page).clamp(max=n)
     kept = torch.empty_like(rank, dtype=torch.bool)
     for layers in layers_at_once(kept):
-        order = rank[layers].sort(dim=-1, descending=True, stable=True).indices
-        first = torch.arange(n, device=rank.device) < counts[layers][..., None]
-        kept[layers] = torch.zeros_like(first).scatter(-1, order, first)
+        kept[layers] = highest_of_each(rank[layers], counts[layers])
     sticky = _sticky(ladder, stats).expand(kept.shape)
     score = rank.masked_fill(always, 0.0)
     recovery = _recovery(stats, kept)

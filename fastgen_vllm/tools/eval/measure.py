@@ -49,8 +49,7 @@ def _follow(lab: Lab | KvpressLab, item: Item) -> tuple[list[int], dict[str, tor
         expected = lab.logits.log_softmax(-1)
         top = expected.argmax(-1)
         token = item.target[len(given)] if item.target else int(top[0])
-        # Rounding leaves a little below zero where there is no difference.
-        kl += (expected[0].exp() * (expected[0] - expected)).sum(-1).clamp(min=0)
+        kl += divergence(expected)
         same += top == top[0]
         loss -= expected[:, token]
         given.append(token)
@@ -59,6 +58,13 @@ def _follow(lab: Lab | KvpressLab, item: Item) -> tuple[list[int], dict[str, tor
         lab.decode([token] * len(lab.variants))
     figures = {"kl": kl / len(given), "same_top": same / len(given)}
     return given, figures | ({"loss": loss / len(given)} if item.target else {})
+
+
+def divergence(log_probs: torch.Tensor) -> torch.Tensor:
+    """KL divergence from the first of ``[variants, vocabulary]``: ``[variants]``."""
+    first = log_probs[0]
+    # Rounding leaves a little below zero where there is no difference.
+    return (first.exp() * (first - log_probs)).sum(-1).clamp(min=0)
 
 
 def _answers(lab: Lab | KvpressLab, most_tokens: int) -> list[list[int]]:
