@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.policy.choice import Goal, Profiling, QueryWeighting
 from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER, FULL, PAPER_LADDER, Hybrid, Ladder
 from fastgen_vllm.policy.methods import LADDER, METHODS, PAPER_PROFILING, PEAKS, Method
+from fastgen_vllm.profiler.queries import queries_looked_at
 
 KernelChoice = Literal["auto", "native", "cuda", "reference"]
 MOST_TOKENS = 1 << 24
@@ -234,6 +236,32 @@ class FastGenConfig(BaseModel):
         if override.fastgen_min_recovery is not None:
             goal = replace(goal, least_recovery=override.fastgen_min_recovery)
         return goal if goal.budget is not None else replace(goal, least_recovery=0.0)
+
+    def goal_for(self, num_tokens: int, override: RequestOverride) -> Goal | None:
+        """What a prompt of so many tokens is compressed to; None where all of it is kept."""
+        goal = self.goal_of(override)
+        keeps = not override.fastgen_compress or goal.keeps_everything
+        return None if keeps or num_tokens < self.min_prompt_tokens else goal
+
+    def queries_looked_at(self, goal: Goal) -> int | None:
+        """The last so many tokens of a prompt must be computed for its profile; None where all of
+        them must."""
+        how = self.profiling_for(goal)
+        return queries_looked_at(how.weighting, how.window)
+
+    def most_blocks(self, num_tokens: int, goal: Goal, override: RequestOverride) -> int:
+        """Blocks that hold whatever a prompt keeps, and a page more in every head."""
+        whole = -(-num_tokens // self.block_size)
+        if self.method_for(goal) is LADDER or goal.least_recovery:
+            return whole
+        how = self.profiling_for(goal)
+        protects = override.fastgen_protect or self.protect
+        protected = self.protect_limit if protects else 0.0
+        share = goal.with_protected(protected).share_of(num_tokens)
+        always = how.num_sinks + max(how.least_window, how.window) + protected * num_tokens
+        keys = ceil(max(share * num_tokens, always))
+        # Heads leave less than a page of theirs empty, a block together.
+        return min(whole, -(-keys // self.block_size) + 2)
 
     def check_override(self, override: RequestOverride) -> None:
         """Raises:

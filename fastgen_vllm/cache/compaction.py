@@ -49,6 +49,7 @@ class _Packed:
 def compact(
     tables: HeadTables,
     request_id: str,
+    source: torch.Tensor,
     kept: torch.Tensor,
     num_tokens: int,
     kernels: Kernels,
@@ -65,11 +66,12 @@ def compact(
     the scheduler can grant a block.
 
     Args:
+        source: the request's pages, int64 ``[L, H, P]``.
         kept: bool ``[L, H, S]``, of each head's slots in use, at most ``S``.
         num_tokens: of the sequence so far.
         targets: blocks to move into, out of place: what is not needed of them is vacated too.
     """
-    pool, source = tables.pool, tables.pages_of(request_id)
+    pool = tables.pool
     blocks = list(tables.blocks[request_id] if targets is None else targets)
     lengths, num_sticky = kept.sum(-1), _count_sticky(pool, source, kept)
     used = -(-lengths // pool.block_size)

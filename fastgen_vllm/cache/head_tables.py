@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgen_vllm.cache.pages import PagePool
-from fastgen_vllm.kernels.contract import DecodeBatch, HeadRules, HeadState
+from fastgen_vllm.kernels.contract import UNBOUNDED, DecodeBatch, HeadRules, HeadState
 from fastgen_vllm.kernels.reference import budgets, pages_in_order
 from fastgen_vllm.tensors import EMPTY, layers_at_once, to_device
 
@@ -26,10 +26,16 @@ MARGIN = 32
 """Entries of the page table that a head can grow by, at least, before its request's are moved."""
 
 
+MOST_SHARED = 2
+"""Requests together hold at most so many times the blocks that there are: those that keep their
+prompt whole can share blocks of it."""
+
+
 def table_entries(num_blocks: int, max_requests: int) -> int:
     """Entries per page of a block that the page table needs: heads' pages and margins, twice, so
     that at least half of it is free after its parts were put side by side."""
-    return 2 * (num_blocks + num_blocks // 4 + max_requests * MARGIN)
+    held = MOST_SHARED * num_blocks
+    return 2 * (held + held // 4 + max_requests * MARGIN)
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,9 @@ class HeadTables:
         rules: HeadRules,
         scores: torch.Tensor,
         sticky: torch.Tensor,
-    ) -> None:
-        """A prompt ended: each of its heads owns the prompt's pages of its own, and keeps all.
+    ) -> torch.Tensor:
+        """A prompt ended: each of its heads has the prompt's pages of its own, int64
+        ``[L, H, P]``, which are returned. What it holds of them is for ``hold`` to say.
 
         Args:
             blocks: the ``ceil(n / block_size)`` blocks that it lies in, in token order.
@@ -123,16 +130,22 @@ class HeadTables:
         assert self._free_rows, f"{request_id}: all {self.max_requests} rows are taken"
         self.rows[request_id] = self._free_rows.pop()
         self._last_rows = None
-        n = scores.shape[-1]
+        self.blocks[request_id] = list(blocks)
         block_ids = to_device(torch.tensor(blocks, dtype=torch.int64), scores.device)
         pages = self.pool.pages_of(block_ids)
         for layers in layers_at_once(scores):
             own = scores[layers] * rules.keeps_scores[layers][..., None]
             self._describe(pages[layers], own.masked_fill_(sticky[layers], float("inf")))
         self.state.rules[self.rows[request_id]] = rules
-        lengths = torch.full(pages.shape[:2], n, device=scores.device)
-        none = pages.new_empty(0)
-        self.hold(request_id, Holding(list(blocks), pages, lengths, sticky.sum(-1), n, none))
+        return pages
+
+    def hold_all(self, request_id: str, pages: torch.Tensor, num_tokens: int) -> None:
+        """What ``enter`` returned, none of it sticky: heads that keep everything evict nothing."""
+        shape = pages.shape[:2]
+        lengths = torch.full(shape, num_tokens, device=pages.device)
+        blocks, none = self.blocks[request_id], pages.new_empty(0)
+        sticky = torch.zeros(shape, device=pages.device)
+        self.hold(request_id, Holding(blocks, pages, lengths, sticky, num_tokens, none))
 
     def _describe(self, pages: torch.Tensor, scores: torch.Tensor) -> None:
         """Positions and scores of the ``n`` tokens that lie in ``pages`` in order."""
@@ -268,7 +281,8 @@ class HeadTables:
         self._end = end
 
     def audit(self) -> None:
-        """Check that owned pages are each owned once and are exactly the owned blocks' pages.
+        """Check that owned pages are exactly the owned blocks' pages, and each is owned once, or by
+        requests that keep their prompt whole.
 
         Raises:
             AssertionError: naming the request and what is wrong.
@@ -277,8 +291,16 @@ class HeadTables:
         for request_id in self.rows:
             pages = self._owned_pages(request_id)
             for page in pages:
-                assert page not in owner, f"page {page}: {owner[page]} and {request_id} own it"
+                shared = (
+                    page in owner and self._is_whole(owner[page]) and self._is_whole(request_id)
+                )
+                assert shared or page not in owner, (
+                    f"page {page}: {owner[page]} and {request_id} own it"
+                )
                 owner[page] = request_id
+
+    def _is_whole(self, request_id: str) -> bool:
+        return bool((self.state.rules[self.rows[request_id]].least_window == UNBOUNDED).all())
 
     def _owned_pages(self, request_id: str) -> list[int]:
         state, row, pool = self.state, self.rows[request_id], self.pool
@@ -294,7 +316,10 @@ class HeadTables:
         assert torch.equal(live.int(), state.lengths[row]), f"{request_id}: empty slots in use"
         sticky = (pool.scores[own] == float("inf")) & (pool.positions[own] >= 0)
         counted = sticky.sum(dim=(-1, -2)).int()
-        assert torch.equal(counted, state.num_sticky[row]), f"{request_id}: sticky tokens"
+        # Heads that keep everything count none, and others that share their pages may score them.
+        evicts = state.rules[row].least_window != UNBOUNDED
+        counts = torch.where(evicts, counted, 0)
+        assert torch.equal(counts, state.num_sticky[row] * evicts), f"{request_id}: sticky tokens"
         return pages
 
 

@@ -77,6 +77,12 @@ class Goal:
         assert self.budget is not None, "such a method has a budget"
         return min(1.0, max(self.budget, self.least_tokens / num_tokens))
 
+    def with_protected(self, share: float) -> Goal:
+        """A budget is of what is not protected of a prompt, which is kept beside it."""
+        if self.budget is None:
+            return self
+        return replace(self, budget=share + self.budget * (1 - share))
+
     @property
     def keeps_everything(self) -> bool:
         return 1.0 in (self.threshold, self.budget)
@@ -154,6 +160,7 @@ class Choice:
         sticky: bool ``[L, H, n]``, those of them that are never evicted.
         scores: float32 ``[L, H, n]``, where the sums of heads that keep scores go on from.
         recovery: float32 ``[L, H]``, the mass that is kept, as far as the method knows it.
+        is_everything: heads are full, whatever the prompt.
     """
 
     rules: HeadRules
@@ -161,6 +168,7 @@ class Choice:
     sticky: torch.Tensor
     scores: torch.Tensor
     recovery: torch.Tensor
+    is_everything: bool = False
 
     @classmethod
     def everything(cls, shape: tuple[int, int, int], device: torch.device) -> Choice:
@@ -169,7 +177,8 @@ class Choice:
         rules.least_window.fill_(UNBOUNDED)
         kept = torch.ones((), dtype=torch.bool, device=device).expand(shape)
         scores = torch.zeros((), device=device).expand(shape)
-        return cls(rules, kept, ~kept, scores, torch.ones(shape[:2], device=device))
+        recovery = torch.ones(shape[:2], device=device)
+        return cls(rules, kept, ~kept, scores, recovery, is_everything=True)
 
 
 @dataclass(frozen=True)

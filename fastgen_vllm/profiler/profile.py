@@ -8,6 +8,7 @@ import torch
 
 from fastgen_vllm.config import FastGenConfig, Plan
 from fastgen_vllm.kernels.contract import Kernels, ProfiledQueries, PromptKeys
+from fastgen_vllm.kernels.reference import gather_keys
 from fastgen_vllm.policy.choice import Choice, Goal, PromptStats, with_sinks
 from fastgen_vllm.policy.observed import Observed
 from fastgen_vllm.profiler.queries import query_runs
@@ -88,6 +89,8 @@ class PromptProfile:
         self.peaks = torch.zeros((2, *shape, 0), device=device)
         """Of one query, and the sum over queries."""
         self.value_norms = torch.ones((*shape, 0), device=device)
+        self.num_cached: int | None = None
+        """Tokens that were encoded before the first chunk."""
         self.observed: Observed | None = None
         """For methods that need the model: whoever runs them sets it."""
         how = (profiling.weighting, profiling.window, config.query_sampling)
@@ -122,9 +125,16 @@ class PromptProfile:
         """
         num_keys = chunk.keys.num_keys
         start = num_keys - chunk.query.shape[0]
+        if self.num_cached is None:
+            self.num_cached = start
         self.make_room(num_keys)
         if self.profiling.value_weighting:
-            self.value_norms[layer, :, start:num_keys] = chunk.value.float().norm(dim=-1).T
+            # As the cache holds them, which is all there is of tokens that were found there.
+            values = chunk.value.to(chunk.keys.kv.dtype)
+            self.value_norms[layer, :, start:num_keys] = _norms(values)
+            if 0 < start == self.num_cached:
+                found = replace(chunk.keys, num_keys=start)
+                self.value_norms[layer, :, :start] = _norms(gather_keys(found)[1])
         for run in self.runs:
             first, end = max(run.first, start), min(run.end, num_keys)
             first += (run.first - first) % run.step
@@ -148,10 +158,7 @@ class PromptProfile:
         A budget is of what is not protected, and rises until enough is recovered; ``goal`` is then
         what it rose to.
         """
-        stats, goal = self.stats(), self.goal
-        if goal.budget is not None:
-            protected = self.num_protected / self.num_tokens
-            goal = replace(goal, budget=protected + goal.budget * (1 - protected))
+        stats, goal = self.stats(), self.goal.with_protected(self.num_protected / self.num_tokens)
         choice = self.plan.method.choose(self.plan.ladder, stats, goal)
         if goal.least_recovery and float(choice.recovery.mean()) < goal.least_recovery:
             goal, choice = self._enough(stats, goal)
@@ -209,3 +216,8 @@ class PromptProfile:
             self.profiling,
             self.observed,
         )
+
+
+def _norms(values: torch.Tensor) -> torch.Tensor:
+    """``[c, H, D]`` to float32 ``[H, c]``."""
+    return values.float().norm(dim=-1).T

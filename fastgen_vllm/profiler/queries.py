@@ -31,6 +31,11 @@ class QueryRun:
     step: int
 
 
+def queries_looked_at(weighting: QueryWeighting, window: int) -> int | None:
+    """The last so many queries of a prompt; None where all of them are."""
+    return {"end": END_QUERIES, "last": window}.get(weighting)
+
+
 def query_runs(
     weighting: QueryWeighting, window: int, sampling: int, num_tokens: int, system: int = 0
 ) -> tuple[list[QueryRun], torch.Tensor]:
@@ -49,13 +54,11 @@ def query_runs(
     """
     bounds, steps = [0, num_tokens], [sampling]
     each = torch.ones(num_tokens, dtype=torch.float64)
-    if weighting == "last":
-        bounds[1] = min(window, num_tokens)
-    elif weighting != "uniform":
+    bounds[1] = min(queries_looked_at(weighting, window) or num_tokens, num_tokens)
+    if weighting in ("recent", "end"):
         each = (window / torch.arange(1, num_tokens + 1).double()).clamp(max=1.0)
     if weighting == "end":
         each[num_tokens - system :] *= SYSTEM
-        bounds[1] = min(END_QUERIES, num_tokens)
     elif weighting == "recent":
         bounds[1] = min(THINNED_FROM, num_tokens)
         while bounds[-1] < num_tokens:

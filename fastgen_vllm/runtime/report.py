@@ -15,6 +15,8 @@ class Kept:
     """What a request kept after its prompt.
 
     Attributes:
+        vacated_blocks: the prompt's, less those that it holds now.
+        cached_tokens: of the prompt, found encoded in the prefix cache.
         budget: what it was given, with what is protected and what was needed for its recovery;
             None where it was not given one.
         recovery: the share of its last queries' attention that is kept, on average over heads;
@@ -26,6 +28,7 @@ class Kept:
     total_slots: int
     vacated_blocks: int
     policy_heads: dict[str, int]
+    cached_tokens: int = 0
     budget: float | None = None
     recovery: float | None = None
     protected_tokens: int = 0

@@ -70,13 +70,16 @@ class Runtime:
     ) -> None:
         """A request starts, or starts again after a preemption with its output as prompt."""
         self.release(request_id)
-        goal, n = self.config.goal_of(override), len(token_ids)
-        compresses = override.fastgen_compress and not goal.keeps_everything
-        long_enough = n >= self.config.min_prompt_tokens
-        profile = None
-        if compresses and long_enough:
-            profile = self.new_profile(token_ids, goal, override)
+        n = len(token_ids)
+        goal = self.config.goal_for(n, override)
+        profile = None if goal is None else self.new_profile(token_ids, goal, override)
         self.prefills[request_id] = Prefill(n, profile)
+
+    def compact_into(self, request_id: str, blocks: list[int]) -> None:
+        """The scheduler gave a request whose prompt ends in this step blocks for what it keeps: the
+        prompt's own may serve others, so they are not to change."""
+        if request_id in self.prefills:
+            self.prefills[request_id].targets = blocks
 
     def prompt_tokens(
         self, config: FastGenConfig, token_ids: Sequence[int], override: RequestOverride
@@ -161,6 +164,9 @@ class Runtime:
     ) -> PrefillChunk:
         start, end = query_start[index : index + 2].tolist()
         block_size, first = self.pool.block_size, num_seen - (end - start)
+        prefill = self.prefills[request_id]
+        if prefill.cached_tokens is None:
+            prefill.cached_tokens = first
         blocks = block_table[: -(-num_seen // block_size)].long()
         page_table = self.pool.pages_of(blocks)[0].contiguous()
         positions = torch.arange(first, num_seen, device=blocks.device)
@@ -253,10 +259,12 @@ class Runtime:
         else:
             choice = prefill.profile.finish()
         del self.prefills[request_id]
-        done = self.install(request_id, chunk.blocks.tolist(), choice)
+        blocks = chunk.blocks.tolist()
+        done = self.install(request_id, blocks, choice, prefill.targets)
         kinds = Counter(hybrid.kind for hybrid in hybrids_of(choice.rules))
         report.vacated[request_id] = done.vacated
-        kept = Kept(done.kept_slots, total, len(done.vacated), dict(kinds))
+        given_back = len(blocks) - len(self.tables.blocks[request_id])
+        kept = Kept(done.kept_slots, total, given_back, dict(kinds), prefill.cached_tokens or 0)
         if prefill.profile is not None and self.config.method == "fastgen":
             kept = replace(
                 kept,
@@ -266,8 +274,18 @@ class Runtime:
             )
         report.kept[request_id] = kept
 
-    def install(self, request_id: str, blocks: Sequence[int], choice: Choice) -> Compacted:
-        """Enter a prompt that lies in ``blocks``, in token order, and compact it to the choice."""
-        self.tables.enter(request_id, blocks, choice.rules, choice.scores, choice.sticky)
-        n = choice.kept.shape[-1]
-        return compact(self.tables, request_id, choice.kept, n, self.kernels)
+    def install(
+        self,
+        request_id: str,
+        blocks: Sequence[int],
+        choice: Choice,
+        targets: Sequence[int] | None = None,
+    ) -> Compacted:
+        """Enter a prompt that lies in ``blocks``, in token order, and compact it to the choice,
+        into ``targets`` where it is not to change."""
+        tables, n = self.tables, choice.kept.shape[-1]
+        pages = tables.enter(request_id, blocks, choice.rules, choice.scores, choice.sticky)
+        if choice.is_everything:
+            tables.hold_all(request_id, pages, n)
+            return Compacted([], n * self.pool.pages_per_block)
+        return compact(tables, request_id, pages, choice.kept, n, self.kernels, targets)

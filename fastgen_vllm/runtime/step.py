@@ -12,10 +12,18 @@ from fastgen_vllm.profiler.profile import PromptProfile
 
 @dataclass
 class Prefill:
-    """A request whose prompt is being encoded. ``profile`` is None where all is kept."""
+    """A request whose prompt is being encoded.
+
+    Attributes:
+        profile: None where all is kept.
+        targets: blocks that it is compacted into; None where its own blocks are its alone.
+        cached_tokens: those that it found encoded, once its first chunk is planned.
+    """
 
     num_tokens: int
     profile: PromptProfile | None
+    targets: list[int] | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,7 @@ def main() -> None:
             llm = LLM(**job)
             jobs.answer("ready")
             continue
+        llm.reset_prefix_cache()  # another turn's prompts are the same
         measured = Measured(llm, Batch(**job))
         measured.run()
         jobs.answer(measured.figures())

@@ -44,7 +44,6 @@ def register() -> None:
     _check_vllm_version()
     register_backend(BACKEND_NAME, _BackendPath(BACKEND_PATH))
     from vllm.config import VllmConfig
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -53,7 +52,6 @@ def register() -> None:
     platform = type(current_platform)
     _wrap_classmethod(platform, "get_attn_backend_cls", settings.select_backend)
     _wrap_classmethod(platform, "check_and_update_config", settings.check_and_update)
-    _wrap(EngineArgs, "create_engine_config", settings.create_engine_config)
     _wrap(InputProcessor, "process_inputs", overrides.process_inputs)
     _wrap_property(VllmConfig, "use_v2_model_runner", settings.use_v2_model_runner)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,33 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+from vllm.v1.request import Request
 
+from fastgen_vllm.cache.head_tables import MOST_SHARED
 from fastgen_vllm.errors import FastGenConfigError
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 REMEMBERED_STEPS = 8
 """More than a report can be late."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the scheduler expects of a prompt that it may admit.
+
+    Attributes:
+        num_tokens: with what was generated before a preemption.
+        serves_others: its full blocks go into the prefix cache.
+        targets: blocks that it is compacted into, so that its own stay as they are; 0 where they
+            may change, or where all of it is kept.
+        borrowed: blocks of other requests that it keeps for good.
+    """
+
+    num_tokens: int
+    serves_others: bool
+    targets: int = 0
+    borrowed: int = 0
 
 
 class FastGenBlockManager(FullAttentionManager):
@@ -30,11 +50,19 @@ class FastGenBlockManager(FullAttentionManager):
 
     A report may be read some steps after its own, so blocks given and requests preempted since
     then are remembered by step.
+
+    With prefix caching, a prompt's blocks serve others, so the step in which it ends gives it
+    further blocks to be compacted into; then its own go to the free list with their hashes. Where
+    the pool has too few, and nobody shares its blocks, they lose their hashes and it is compacted
+    in place.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.free_pages: dict[str, int] = {}
+        self.prompts: dict[str, Prompt] = {}
+        self.targets: dict[str, list[KVCacheBlock]] = {}
+        """Given, and not yet reported of."""
         self.step = 0
         self._given: deque[tuple[int, str, list[int]]] = deque()
         self._left: deque[tuple[int, str]] = deque()
@@ -62,33 +90,77 @@ class FastGenBlockManager(FullAttentionManager):
         return {request_id for left_in, request_id in self._left if left_in >= step}
 
     def vacate(self, request_id: str, block_ids: Sequence[int]) -> None:
-        """Free the blocks that the worker handed back, leaving null blocks in their places."""
+        """Free the blocks that the worker handed back, leaving null blocks in their places; then
+        those of its targets that it uses take some of these."""
         if not block_ids:
             return
         leaving = set(block_ids)
-        blocks = self.req_to_blocks[request_id]
+        blocks, targets = self.req_to_blocks[request_id], self.targets.pop(request_id, [])
         freed = []
         for i, block in enumerate(blocks):
             if block.block_id in leaving and not block.is_null:
                 freed.append(block)
                 blocks[i] = self._null_block
-        assert len(freed) == len(leaving), f"{request_id} vacated blocks that it did not own"
-        self.block_pool.free_blocks(reversed(freed))
+        unused = [block for block in targets if block.block_id in leaving]
+        assert len(freed) + len(unused) == len(leaving), (
+            f"{request_id} vacated blocks that it did not own"
+        )
+        self.block_pool.free_blocks([*reversed(freed), *unused])
+        if targets:
+            used = [block for block in targets if block.block_id not in leaving]
+            places = [i for i, block in enumerate(blocks) if block.is_null]
+            for i, block in zip(places, used, strict=False):
+                blocks[i] = block
 
     def owned_blocks(self, request_id: str) -> list[int]:
         """Ids of the request's real blocks."""
-        blocks = self.req_to_blocks.get(request_id, [])
+        blocks = [*self.req_to_blocks.get(request_id, []), *self.targets.get(request_id, [])]
         return [block.block_id for block in blocks if not block.is_null]
 
-    def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
-        num_blocks = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
-        return num_blocks if self._needs_blocks(request_id) else 0
+    @property
+    def can_lend(self) -> int:
+        """Blocks that requests which keep their prompt whole may still share: see
+        ``cache.head_tables.MOST_SHARED``."""
+        borrowed = sum(prompt.borrowed for prompt in self.prompts.values())
+        return (MOST_SHARED - 1) * self.block_pool.num_gpu_blocks - borrowed
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        if not self._needs_blocks(request_id):
+            return 0
+        num_blocks = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
+        targets = self._num_targets(request_id, num_tokens)
+        spare = self.block_pool.get_num_free_blocks() - num_blocks
+        if targets <= spare or self._is_shared(request_id, new_computed_blocks):
+            return num_blocks + targets
+        return num_blocks
+
+    def _num_targets(self, request_id: str, num_tokens: int) -> int:
+        """Blocks to give it beside those for its tokens, if the pool has as many."""
+        prompt = self.prompts.get(request_id)
+        if prompt is None or request_id in self.targets or request_id in self.free_pages:
+            return 0
+        return prompt.targets if num_tokens >= prompt.num_tokens else 0
+
+    def _is_shared(self, request_id: str, hits: Sequence[KVCacheBlock]) -> bool:
+        """Whether others read its blocks, or those that it hits."""
+        own = self.req_to_blocks.get(request_id, ())
+        return any(block.ref_cnt > 1 for block in own) or any(block.ref_cnt for block in hits)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         if self._needs_blocks(request_id):
             new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+            self._give_targets(request_id, self._num_targets(request_id, num_tokens))
             if new_blocks:
                 given = [block.block_id for block in new_blocks]
                 self._given.append((self.step, request_id, given))
@@ -100,10 +172,29 @@ class FastGenBlockManager(FullAttentionManager):
         blocks.extend([self._null_block] * missing)
         return [self._null_block] * missing
 
+    def _give_targets(self, request_id: str, count: int) -> None:
+        if not count:
+            return
+        if count <= self.block_pool.get_num_free_blocks():
+            self.targets[request_id] = self.block_pool.get_new_blocks(count)
+            return
+        assert not self._is_shared(request_id, ()), f"{request_id} got too few blocks"
+        self.block_pool.evict_blocks(set(self.owned_blocks(request_id)))
+        alone = replace(self.prompts[request_id], serves_others=False, targets=0)
+        self.prompts[request_id] = alone
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Blocks of the prompt only: while decoding, a page holds whatever its head keeps."""
+        prompt = self.prompts.get(request.request_id)
+        if prompt is not None and prompt.serves_others:
+            super().cache_blocks(request, min(num_tokens, prompt.num_tokens), *args, **kwargs)
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.free_pages.pop(request_id, None)
+        self.prompts.pop(request_id, None)
         self._left.append((self.step, request_id))
-        return super().pop_blocks_for_free(request_id)
+        targets = self.targets.pop(request_id, [])
+        return [*super().pop_blocks_for_free(request_id), *targets]
 
     def _needs_blocks(self, request_id: str) -> bool:
         free_pages = self.free_pages.get(request_id)

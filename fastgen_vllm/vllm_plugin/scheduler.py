@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from fastgen_vllm.runtime.report import Kept, StepReport
-from fastgen_vllm.vllm_plugin.block_manager import FastGenBlockManager
+from fastgen_vllm.vllm_plugin.block_manager import FastGenBlockManager, Prompt
 from fastgen_vllm.vllm_plugin.names import LOGGER
+from fastgen_vllm.vllm_plugin.overrides import override_of
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
 
 logger = init_logger(LOGGER)
@@ -34,8 +37,14 @@ class FastGenSchedulerMixin(SchedulerBase):
         self.block_manager = manager
         self.kept: dict[str, Kept] = {}
         self.stops_at_strings: set[str] = set()
-        config = fastgen_config(self.vllm_config)
+        config = self.config = fastgen_config(self.vllm_config)
         self.debug = config.debug
+        if manager.enable_caching and config.queries_looked_at(config.goal) is None:
+            logger.info(
+                "FASTGEN: %s looks at all tokens of a prompt, so prompts that it compresses take "
+                "nothing from the prefix cache and leave nothing in it",
+                config.description,
+            )
         logger.info(
             "FASTGEN: %s, %d head pages of %d tokens per block, "
             "prompts from %d tokens are compressed",
@@ -49,7 +58,38 @@ class FastGenSchedulerMixin(SchedulerBase):
         self.block_manager.begin_step()
         output = super().schedule(*args, **kwargs)
         output.fastgen_step = self.block_manager.step
+        output.fastgen_targets = {
+            request_id: [block.block_id for block in blocks]
+            for request_id, blocks in self.block_manager.targets.items()
+        }
+        if self.debug:
+            blocks = self.block_manager.block_pool.blocks
+            output.fastgen_hashed = {b.block_id: b.block_hash for b in blocks if b.block_hash}
         return output
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Those blocks of a hit that leave the tokens to compute that the profile looks at."""
+        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        prompt, most = self._expected(request, hit)
+        if hit > most:
+            blocks, hit = self.kv_cache_manager.truncate_computed_blocks(blocks, most), most
+        self.block_manager.prompts[request.request_id] = prompt
+        return blocks, hit, boundary, diverged
+
+    def _expected(self, request: Request, hit: int) -> tuple[Prompt, int]:
+        """What comes of a request whose first ``hit`` tokens are cached, and how many of them it
+        may take from there."""
+        config, manager, n = self.config, self.block_manager, request.num_tokens
+        override = override_of(config, request.sampling_params, request.num_prompt_tokens)
+        goal, block_size = config.goal_for(n, override), manager.block_size
+        if goal is None:
+            most = hit if hit // block_size <= manager.can_lend else 0
+            return Prompt(n, True, borrowed=most // block_size), most
+        needed = config.queries_looked_at(goal)
+        if needed is None or not manager.enable_caching:
+            return Prompt(n, False), 0
+        most = max(0, n - needed) // block_size * block_size
+        return Prompt(n, True, config.most_blocks(n, goal, override)), most
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         report = getattr(model_runner_output, "fastgen_report", None)
@@ -91,13 +131,16 @@ class FastGenSchedulerMixin(SchedulerBase):
             self.stops_at_strings.add(request_id)
 
     def _audit(self, owned: dict[str, list[int]]) -> None:
-        """The worker's blocks of each request are ours, and none is lost or owned twice."""
+        """The worker's blocks of each request are ours, and none is lost or has owners that it does
+        not count."""
         manager, pool = self.block_manager, self.block_manager.block_pool
         for request_id, blocks in owned.items():
             ours, theirs = sorted(manager.owned_blocks(request_id)), sorted(blocks)
             assert ours == theirs, f"{request_id}: scheduler {ours}, worker {theirs}"
-        held = [b for r in manager.req_to_blocks for b in manager.owned_blocks(r)]
-        assert len(held) == len(set(held)), "a block has two owners"
+        held = Counter(b for r in manager.req_to_blocks for b in manager.owned_blocks(r))
+        for block, owners in held.items():
+            counted = pool.blocks[block].ref_cnt
+            assert owners == counted, f"block {block} has {owners} owners and counts {counted}"
         total = len(held) + pool.get_num_free_blocks()
         assert total == pool.num_gpu_blocks - 1, f"{pool.num_gpu_blocks - 1 - total} blocks lost"
 
@@ -119,6 +162,7 @@ def _summary(kept: Kept) -> dict[str, Any]:
         "kv_kept_ratio": kept.kept_slots / kept.total_slots,
         "vacated_blocks": kept.vacated_blocks,
         "policy_heads": kept.policy_heads,
+        "cached_tokens": kept.cached_tokens,
         "kv_budget": kept.budget,
         "kv_recovery": kept.recovery,
         "protected_tokens": kept.protected_tokens,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 from vllm import envs
@@ -52,19 +51,6 @@ def fastgen_config(vllm_config: Any) -> FastGenConfig:
             "for FastGen's own"
         )
     return config
-
-
-def create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
-    """Wraps ``EngineArgs.create_engine_config``: prefix caching is off where it is only vLLM's
-    default."""
-    attention = args.attention_config
-    nested = attention.get("backend") if isinstance(attention, dict) else attention.backend
-    ours = is_fastgen(args.attention_backend) or is_fastgen(nested)
-    if ours and args.enable_prefix_caching is None:
-        args = copy(args)  # the caller may make another engine of it
-        args.enable_prefix_caching = False
-        logger.info("FASTGEN: prefix caching is off, it cannot share compressed blocks yet")
-    return original(args, *rest, **kwargs)
 
 
 def use_v2_model_runner(original: Callable[..., bool], vllm_config: Any) -> bool:
@@ -127,10 +113,6 @@ def _unsupported(vllm_config: Any) -> list[str]:
         (
             vllm_config.use_v2_model_runner,
             f"the V2 model runner; leave {V2_RUNNER} out or set it to 0",
-        ),
-        (
-            cache.enable_prefix_caching,
-            "prefix caching; pass --no-enable-prefix-caching or leave the option out",
         ),
         (
             str(cache.cache_dtype) not in ("auto", "float32", "float16", "bfloat16"),

@@ -11,6 +11,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
+from fastgen_vllm.cache.hashed import HashedBlocks
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.kernels import libraries
 from fastgen_vllm.policy.protect import SystemPrompts
@@ -37,6 +38,7 @@ class FastGenWorkerMixin(WorkerBase):
     """Over a vLLM worker with the V1 model runner."""
 
     runtime: Runtime
+    hashed: HashedBlocks
     pending: PendingReport | None = None
 
     def determine_available_memory(self: Any) -> int:
@@ -106,6 +108,7 @@ class FastGenWorkerMixin(WorkerBase):
             report_lag=int(bool(scheduler.async_scheduling)),
             system_prompts=system_prompts,
         )
+        self.hashed = HashedBlocks(self.runtime.pool)
         logger.info("FASTGEN: %s kernels on %s", self.runtime.kernels.NAME, kv.device.type)
         if kv.device.type == "cuda":
             logger.info("FASTGEN: prefill attention from %s", libraries.choose(kv.dtype)[0])
@@ -127,6 +130,8 @@ class FastGenWorkerMixin(WorkerBase):
         output = super().execute_model(scheduler_output)
         step = self.model_runner.fastgen_step
         self.pending = None if step is None else self._finish_step(step)
+        if self.runtime.config.debug:
+            self.hashed.check(scheduler_output.fastgen_hashed)
         return output
 
     def _finish_step(self: Any, step: Step) -> PendingReport:
@@ -162,6 +167,8 @@ class FastGenWorkerMixin(WorkerBase):
                 self._begin(request_id, tokens, state.num_prompt_tokens, state.sampling_params)
             elif cached.new_block_ids[i] is not None:
                 runtime.grant(request_id, cached.new_block_ids[i][0])
+        for request_id, blocks in scheduler_output.fastgen_targets.items():
+            runtime.compact_into(request_id, blocks)
 
     def _begin(
         self: Any, request_id: str, tokens: list[int], prompt_tokens: int, sampling_params: Any

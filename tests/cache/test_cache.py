@@ -91,11 +91,12 @@ class PoolLife(RuleBasedStateMachine):
         if len(self.driver.free) < len(tables.blocks[name]):
             out_of_place = False
         targets = self.driver.take(len(tables.blocks[name])) if out_of_place else None
-        positions = self.runtime.pool.positions[tables.pages_of(name)].flatten(2)
+        pages = tables.pages_of(name)
+        positions = self.runtime.pool.positions[pages].flatten(2)
         generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
         kept = torch.rand(positions.shape, generator=generator) < data.draw(st.floats(0, 1))
         kept = (kept | (positions == request.computed - 1)) & (positions >= 0)
-        done = compact(tables, name, kept, request.computed, self.runtime.kernels, targets)
+        done = compact(tables, name, pages, kept, request.computed, self.runtime.kernels, targets)
         assert done.kept_slots == kept.sum()
         if targets is not None:
             owned = [block for block in targets if block not in done.vacated]
@@ -235,11 +236,12 @@ def test_each_head_has_room_of_its_own() -> None:
     n = blocks * BLOCK
     own = list(range(1, blocks + 1))
     scores = torch.zeros(()).expand(2, 4, n)
-    tables.enter("long", own, rules_of_full_heads(pool), scores, torch.zeros(2, 4, n).bool())
+    sticky = torch.zeros(2, 4, n).bool()
+    pages = tables.enter("long", own, rules_of_full_heads(pool), scores, sticky)
     kept = torch.zeros(2, 4, n, dtype=torch.bool)
     kept[..., -BLOCK:] = True
     kept[0, 0] = True
-    vacated = compact(tables, "long", kept, n, reference).vacated
+    vacated = compact(tables, "long", pages, kept, n, reference).vacated
     assert len(vacated) == blocks - -(-(blocks + 7) // 8)
     starts = tables.state.table_start[tables.rows["long"]].flatten()
     rooms = starts[1:] - starts[:-1]

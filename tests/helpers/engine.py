@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +52,9 @@ class Engine:
         self._count = 0
 
     @classmethod
-    def start(cls, kv_bytes: int, fastgen: dict[str, Any], **options: Any) -> Engine:
+    def start(
+        cls, kv_bytes: int, fastgen: dict[str, Any], model: str = MODEL, **options: Any
+    ) -> Engine:
         from vllm import LLM
 
         fastgen = {"min_prompt_tokens": 16, "debug": True, **fastgen}
@@ -65,7 +68,7 @@ class Engine:
         }
         return cls(
             LLM(
-                MODEL,
+                model,
                 attention_backend="FASTGEN",
                 additional_config={"fastgen": fastgen},
                 kv_cache_memory_bytes=kv_bytes,
@@ -135,10 +138,11 @@ class Engine:
             pool.free_blocks(manager.req_to_blocks.pop("hoard"))
 
     def audit(self) -> None:
-        """Scheduler and worker agree on every block, and none is lost or owned twice."""
+        """Scheduler and worker agree on every block, and none is lost or has owners that it does
+        not count."""
         manager = self.scheduler.block_manager
-        held = [b for r in manager.req_to_blocks for b in manager.owned_blocks(r)]
-        assert len(held) == len(set(held))
+        held = Counter(b for r in manager.req_to_blocks for b in manager.owned_blocks(r))
+        assert held == {b: manager.block_pool.blocks[b].ref_cnt for b in held}
         total = len(held) + self.free_blocks()
         assert total == manager.block_pool.num_gpu_blocks - 1
         # Where reports are late, the scheduler's own audit compares the two at the report's step.

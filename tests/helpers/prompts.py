@@ -27,7 +27,8 @@ SYSTEM = 250
 
 @dataclass
 class Prompt:
-    """A random prompt of one layer and two heads, profiled in chunks; ``probs [H, G, n, n]``."""
+    """A random prompt of one layer and two heads, profiled in chunks, without those tokens
+    that were found ``cached``; ``probs [H, G, n, n]``."""
 
     profile: PromptProfile
     probs: torch.Tensor
@@ -42,6 +43,7 @@ class Prompt:
         chunk: int,
         peaked: float = 2.0,
         kernels: Kernels = reference,
+        cached: int = 0,
         **settings: Any,
     ) -> Prompt:
         torch.manual_seed(n)
@@ -53,7 +55,7 @@ class Prompt:
         profile = PromptProfile(config, plan, heads, PromptTokens(classes, 0, SYSTEM), PAGE, goal)
         page_table = torch.arange(2)[:, None]
         pages = torch.cat([key, value], dim=-1).transpose(0, 1).contiguous()
-        for start in range(0, n, chunk):
+        for start in range(cached, n, chunk):
             end = min(start + chunk, n)
             part = query[start:end]
             output = torch.empty_like(part)

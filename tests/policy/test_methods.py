@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers.observed import random_observed
 
-from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import UNBOUNDED
 from fastgen_vllm.policy.choice import Choice, Goal, PromptStats, with_sinks
-from fastgen_vllm.policy.methods import METHODS
+from fastgen_vllm.policy.methods import EVAL_ONLY, METHODS
 from fastgen_vllm.policy.methods.adakv import SAFEGUARD
 from fastgen_vllm.policy.methods.pyramidkv import BETA
 from fastgen_vllm.tensors import ceil_ratio
@@ -19,6 +19,12 @@ LAYERS, HEADS = 5, 3
 PEERS = [name for name in METHODS if name != "fastgen"]
 """Those that count keys; the others count pages."""
 PAGE = 16
+LOOK_AT_THE_END = [
+    name
+    for name, method in METHODS.items()
+    if name not in EVAL_ONLY and method.profiling.weighting in ("last", "end")
+]
+"""Those whose prompts can come from the prefix cache."""
 
 
 def value_norms(n: int) -> torch.Tensor:
@@ -251,3 +257,18 @@ def test_no_two_methods_are_the_same() -> None:
     for method, ours in found.items():
         for other, theirs in found.items():
             assert method == other or not torch.equal(ours, theirs), (method, other)
+
+
+@pytest.mark.parametrize("n", [40, 129, 333, 1000])
+@pytest.mark.parametrize("budget", [0.01, 0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("method", LOOK_AT_THE_END)
+def test_room_for_what_is_kept(method: str, budget: float, n: int) -> None:
+    """Pages of a prompt's choice and one more for every head fit the blocks that are set aside."""
+    config = FastGenConfig(method=method, kv_budget=budget, min_prompt_tokens=30)
+    choice, _ = choose(method, n, budget, spread=3.0)
+    pages = -(-choice.kept.sum(-1) // PAGE) + 1
+    most = config.most_blocks(n, config.goal, RequestOverride())
+    whole = -(-n // PAGE)
+    assert most <= whole
+    assert most == whole or int(pages.sum()) <= most * LAYERS * HEADS
+    assert most < whole or budget > 0.8 or n < 200, "nothing is saved"

@@ -67,6 +67,20 @@ def test_peaks_over_chunks(n: int, weighting: str) -> None:
         assert n < 10 or bool(wanted.any())
 
 
+@pytest.mark.parametrize("cached", [1, 16, 172])
+@pytest.mark.parametrize("chunk", [1, 50, 300])
+def test_tokens_that_are_found_encoded(cached: int, chunk: int) -> None:
+    """A prompt whose first tokens are cached is profiled as one that is computed."""
+    goal = Goal(None, 0.3)
+    how: dict[str, Any] = {"ladder": None}
+    ours, whole = (
+        Prompt.random(300, 3, goal, chunk, cached=found, **how).profile for found in (cached, 0)
+    )
+    torch.testing.assert_close(ours.value_norms, whole.value_norms)
+    torch.testing.assert_close(ours.peaks, whole.peaks)
+    assert torch.equal(ours.finish().kept, whole.finish().kept)
+
+
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 1000])
 @pytest.mark.parametrize("weighting", ["uniform", "recent", "last", "end"])
 def test_every_query_counts_once(weighting: Any, n: int) -> None:

@@ -56,7 +56,7 @@ def test_summary_is_of_medians() -> None:
 @pytest.mark.engine
 def test_tiny_bench(model: str, tmp_path: Path) -> None:
     """Two scenarios in one scarce memory, so that one pair of engines is started."""
-    plan = Plan((), (Scenario("two", 100, 2, 8), Scenario("six", 400, 6, 8)), rounds=1)
+    plan = Plan((), (Scenario("two", 100, 2, 8), Scenario("six", 400, 6, 8)), (), rounds=1)
     results = run_bench(bench_of(model, plan))
     two, six = results["scarce"]["scenarios"]
     for scenario in (two, six):

@@ -38,7 +38,7 @@ def test_backend_is_chosen_with_no_other_flag(model: str) -> None:
     assert config.scheduler_config.scheduler_cls == SCHEDULER
     assert config.parallel_config.worker_cls == WORKERS["cpu"]
     assert config.cache_config.block_size == 16
-    assert config.cache_config.enable_prefix_caching is False
+    assert config.cache_config.enable_prefix_caching is True
     nested = config_of(model, attention_backend=None, attention_config={"backend": "FASTGEN"})
     assert nested.scheduler_config.scheduler_cls == SCHEDULER
 
@@ -49,14 +49,6 @@ def test_stock_is_untouched(model: str) -> None:
     assert "fastgen" not in config.parallel_config.worker_cls.lower()
     assert config.cache_config.enable_prefix_caching is True
     assert config.cache_config.block_size == 128
-
-
-def test_arguments_serve_another_engine(model: str) -> None:
-    load_general_plugins()
-    args = EngineArgs(model=model, max_model_len=512, attention_backend="fastgen")
-    assert args.create_engine_config().cache_config.enable_prefix_caching is False
-    args.attention_backend = None
-    assert args.create_engine_config().cache_config.enable_prefix_caching is True
 
 
 def test_v1_runner_is_this_engines_only(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +67,7 @@ def test_v1_runner_is_this_engines_only(model: str, monkeypatch: pytest.MonkeyPa
 def test_registering_twice_is_harmless() -> None:
     load_general_plugins()
     wrapped = [(type(current_platform), "check_and_update_config")]
-    wrapped += [(EngineArgs, "create_engine_config"), (InputProcessor, "process_inputs")]
+    wrapped += [(InputProcessor, "process_inputs")]
     before = [getattr(*each) for each in wrapped]
     register()
     register()
@@ -99,7 +91,6 @@ def test_config_unpickles_before_plugins_load() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),

@@ -38,6 +38,7 @@ def start(kind: type[Scheduler], model: str) -> Scheduler:
         model=model,
         max_model_len=512,
         max_num_batched_tokens=32,
+        enable_prefix_caching=False,
         attention_backend="fastgen",
         additional_config={"fastgen": {"debug": True}},
     ).create_engine_config()
@@ -153,6 +154,6 @@ def test_output_that_a_stop_string_may_end_tells_what_was_kept(
     assert output.finish_reason is None
     summary = {
         **{"kv_kept_ratio": 100 / 384, "vacated_blocks": 2, "policy_heads": {"local": 6}},
-        **{"kv_budget": 0.25, "kv_recovery": 0.75, "protected_tokens": 3},
+        **{"cached_tokens": 0, "kv_budget": 0.25, "kv_recovery": 0.75, "protected_tokens": 3},
     }
     assert output.kv_transfer_params == ({"fastgen": summary} if told else None)

@@ -32,35 +32,55 @@ class Variant:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One batch, measured in every variant."""
+    """One batch, measured in every variant.
+
+    Attributes:
+        shared_tokens: the first so many tokens of its prompts are the same.
+    """
 
     name: str
     prompt_tokens: int
     num_requests: int
     max_tokens: int
+    shared_tokens: int = 0
 
     @property
     def kv_tokens(self) -> int:
         """Room for all requests at once, each with a block to spare of stock's 128 tokens."""
-        return self.num_requests * (self.prompt_tokens + self.max_tokens + 128)
-
-
-MEMORY_SHARES = {"ample": 1.0, "scarce": 0.25}
-"""The KV memory of each group of scenarios, as a share of what its largest one needs."""
+        own = self.prompt_tokens - self.shared_tokens + self.max_tokens + 128
+        return self.shared_tokens + self.num_requests * own
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: ``ample`` with memory for all requests, ``scarce`` with a quarter of it."""
+    """What is measured: ``ample`` with memory for all requests, ``scarce`` with a quarter of it,
+    and ``shared`` with either, and with prefix caching."""
 
     ample: tuple[Scenario, ...]
     scarce: tuple[Scenario, ...]
+    shared: tuple[Scenario, ...]
     rounds: int
 
+    @property
+    def groups(self) -> dict[str, tuple[tuple[Scenario, ...], float]]:
+        """Scenarios that are measured together, and their KV memory as a share of what the largest
+        of them needs."""
+        found = {
+            "ample": (self.ample, 1.0),
+            "scarce": (self.scarce, 0.25),
+            "shared_ample": (self.shared, 1.0),
+            "shared_scarce": (self.shared, 0.25),
+        }
+        return {name: group for name, group in found.items() if group[0]}
 
-def _batch(prompt_tokens: int, num_requests: int, max_tokens: int) -> Scenario:
-    name = f"{num_requests} x {prompt_tokens} + {max_tokens}"
-    return Scenario(name, prompt_tokens, num_requests, max_tokens)
+
+def _batch(
+    prompt_tokens: int, num_requests: int, max_tokens: int, shared_tokens: int = 0
+) -> Scenario:
+    own = prompt_tokens - shared_tokens
+    prompt = f"({shared_tokens} shared + {own})" if shared_tokens else str(own)
+    name = f"{num_requests} x {prompt} + {max_tokens}"
+    return Scenario(name, prompt_tokens, num_requests, max_tokens, shared_tokens)
 
 
 FULL_PLAN = Plan(
@@ -72,10 +92,14 @@ FULL_PLAN = Plan(
         _batch(2048, 16, 64),
     ),
     scarce=(_batch(1024, 16, 256),),
+    shared=(_batch(2048, 16, 256, 1024),),
     rounds=3,
 )
 QUICK_PLAN = Plan(
-    ample=(_batch(512, 1, 32), _batch(1024, 4, 32)), scarce=(_batch(512, 8, 64),), rounds=2
+    ample=(_batch(512, 1, 32), _batch(1024, 4, 32)),
+    scarce=(_batch(512, 8, 64),),
+    shared=(_batch(1024, 8, 64, 512),),
+    rounds=2,
 )
 
 
@@ -126,7 +150,7 @@ class Bench:
             "max_num_seqs": 16,
             "max_num_batched_tokens": 2048,
             "enforce_eager": True,
-            "enable_prefix_caching": False,
+            "enable_prefix_caching": any(s.shared_tokens for s in scenarios),
             "kv_cache_memory_bytes": int(
                 share * max(s.kv_tokens for s in scenarios) * self.kv_bytes_per_token
             ),
@@ -156,10 +180,8 @@ def run_bench(bench: Bench) -> dict[str, Any]:
         task = progress.add_task("kernels", total=1)
         results["micro"] = _kernel_figures(bench)
         progress.advance(task)
-        for group, share in MEMORY_SHARES.items():
-            scenarios = getattr(bench.plan, group)
-            if scenarios:
-                results[group] = measure_group(bench, scenarios, share, text, progress)
+        for group, (scenarios, share) in bench.plan.groups.items():
+            results[group] = measure_group(bench, scenarios, share, text, progress)
     return results
 
 
@@ -199,6 +221,7 @@ def measure_group(
 
 
 def prompts(text: list[int], scenario: Scenario) -> list[list[int]]:
-    size = scenario.prompt_tokens
+    shared, text = text[: scenario.shared_tokens], text[scenario.shared_tokens :]
+    size = scenario.prompt_tokens - len(shared)
     starts = [i * size % (len(text) - size) for i in range(scenario.num_requests)]
-    return [text[start : start + size] for start in starts]
+    return [shared + text[start : start + size] for start in starts]

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-GROUPS = {"ample": "Ample KV memory", "scarce": "Scarce KV memory"}
+GROUPS = {
+    "ample": "Ample KV memory",
+    "scarce": "Scarce KV memory",
+    "shared_ample": "Prompts with one beginning, prefix caching, ample KV memory",
+    "shared_scarce": "Prompts with one beginning, prefix caching, scarce KV memory",
+}
 LIMITS = {"GB/s": "read_bandwidth_gb_s", "GFLOP/s": "matmul_gflop_s"}
 """By the unit of a kernel's rate, the machine's own rate."""
 
@@ -123,7 +128,8 @@ def chart(results: dict[str, Any], path: Path) -> None:
         axes.bar_label(bars, fmt="%.2f", fontsize=8)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(
-        range(len(scenarios)), [f"{s['name']}\n{group} memory" for group, s in scenarios]
+        range(len(scenarios)),
+        [f"{s['name']}\n{group.removeprefix('shared_')} memory" for group, s in scenarios],
     )
     axes.set_ylabel("throughput relative to stock vLLM")
     axes.set_title(f"{results['model']}, {results['machine']}", fontsize=10)
