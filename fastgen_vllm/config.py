@@ -250,15 +250,16 @@ class FastGenConfig(BaseModel):
         return queries_looked_at(how.weighting, how.window)
 
     def most_blocks(self, num_tokens: int, goal: Goal, override: RequestOverride) -> int:
-        """Blocks that hold whatever a prompt keeps, and a page more in every head."""
+        """Blocks that hold whatever a prompt keeps, and a page more in every head. Where that is
+        not known beforehand they are as many as the prompt's own, which always do."""
         whole = -(-num_tokens // self.block_size)
-        if self.method_for(goal) is LADDER or goal.least_recovery:
+        if self.method_for(goal) is not PEAKS or goal.least_recovery:
             return whole
         how = self.profiling_for(goal)
         protects = override.fastgen_protect or self.protect
         protected = self.protect_limit if protects else 0.0
         share = goal.with_protected(protected).share_of(num_tokens)
-        always = how.num_sinks + max(how.least_window, how.window) + protected * num_tokens
+        always = how.num_sinks + how.least_window + protected * num_tokens
         keys = ceil(max(share * num_tokens, always))
         # Heads leave less than a page of theirs empty, a block together.
         return min(whole, -(-keys // self.block_size) + 2)

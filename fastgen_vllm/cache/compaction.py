@@ -59,8 +59,8 @@ def compact(
 
     K, V, position and score move together. In place, each head's kept slots go to the front of its
     own pages, in order, so that a target never lies behind its source; then the used pages of
-    blocks to be vacated move to unused pages of blocks that stay. No second copy of the cache
-    exists.
+    blocks to be vacated move to unused pages of blocks that stay, and there is no second copy of
+    the cache. Out of place, what is kept goes to targets, and the source stays as it is.
 
     Enough pages stay for every head to grow until the next block boundary of the sequence, where
     the scheduler can grant a block.

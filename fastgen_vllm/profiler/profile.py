@@ -8,11 +8,12 @@ import torch
 
 from fastgen_vllm.config import FastGenConfig, Plan
 from fastgen_vllm.kernels.contract import Kernels, ProfiledQueries, PromptKeys
-from fastgen_vllm.kernels.reference import gather_keys
 from fastgen_vllm.policy.choice import Choice, Goal, PromptStats, with_sinks
 from fastgen_vllm.policy.observed import Observed
 from fastgen_vllm.profiler.queries import query_runs
 from fastgen_vllm.tensors import to_device
+
+PAGES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,7 @@ class PromptProfile:
             values = chunk.value.to(chunk.keys.kv.dtype)
             self.value_norms[layer, :, start:num_keys] = _norms(values)
             if 0 < start == self.num_cached:
-                found = replace(chunk.keys, num_keys=start)
-                self.value_norms[layer, :, :start] = _norms(gather_keys(found)[1])
+                self.value_norms[layer, :, :start] = _cached_norms(chunk.keys)[:, :start]
         for run in self.runs:
             first, end = max(run.first, start), min(run.end, num_keys)
             first += (run.first - first) % run.step
@@ -221,3 +221,10 @@ class PromptProfile:
 def _norms(values: torch.Tensor) -> torch.Tensor:
     """``[c, H, D]`` to float32 ``[H, c]``."""
     return values.float().norm(dim=-1).T
+
+
+def _cached_norms(keys: PromptKeys) -> torch.Tensor:
+    """Of the values in a prompt's pages: float32 ``[H, tokens]``, some pages at a time."""
+    values = keys.kv[..., keys.kv.shape[-1] // 2 :]
+    parts = keys.page_table.split(PAGES_AT_ONCE, dim=1)
+    return torch.cat([values[part].float().norm(dim=-1).flatten(1) for part in parts], dim=1)

@@ -23,6 +23,11 @@ SCRATCH_BYTES = 80
 of its mass."""
 
 
+MOST_CACHED_PROMPTS = 2
+"""Of prompts that begin in one step and are compressed, so many of the greatest length may be found
+in the prefix cache."""
+
+
 @dataclass(frozen=True)
 class Load:
     """What the engine can be asked for at once, in its model's figures.
@@ -33,6 +38,7 @@ class Load:
         partial: prompts that can be encoded in part at the same time.
         tokens_per_step: tokens of a batch.
         max_requests: requests of a batch.
+        prefix_caching: whether prompts can be found encoded.
     """
 
     num_layers: int
@@ -43,6 +49,7 @@ class Load:
     partial: int
     tokens_per_step: int
     max_requests: int
+    prefix_caching: bool = False
 
     @property
     def keys(self) -> int:
@@ -68,12 +75,14 @@ def for_requests(load: Load) -> int:
 def for_prompts(config: FastGenConfig, load: Load) -> int:
     """Bytes of the profiles, from a prompt's first chunk until it is compressed.
 
-    Beside prompts that are under way a step can hold other prompts' first chunks, or short ones.
+    Beside prompts that are under way a step can hold other prompts' first chunks, or short ones,
+    and what those found in the prefix cache.
     """
     groups = load.group_size if config.group_reduction == "min" else 1
     plans = [config.plan_for(goal) for goal in config.goals]
     mass = 4 * groups * max(len(plan.ladder.windows(load.longest)) + 1 for plan in plans)
-    tokens = load.partial * load.longest + load.tokens_per_step
+    cached = MOST_CACHED_PROMPTS * load.longest if load.prefix_caching else 0
+    tokens = load.partial * load.longest + load.tokens_per_step + cached
     one_layer = load.num_kv_heads * load.longest
     together = min(max(MOST_AT_ONCE, one_layer), one_layer * load.num_layers)
     scratch = together * (mass + groups * SCRATCH_BYTES)

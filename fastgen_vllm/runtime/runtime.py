@@ -285,7 +285,7 @@ class Runtime:
         into ``targets`` where it is not to change."""
         tables, n = self.tables, choice.kept.shape[-1]
         pages = tables.enter(request_id, blocks, choice.rules, choice.scores, choice.sticky)
-        if choice.is_everything:
+        if choice.is_everything and targets is None:
             tables.hold_all(request_id, pages, n)
             return Compacted([], n * self.pool.pages_per_block)
         return compact(tables, request_id, pages, choice.kept, n, self.kernels, targets)

@@ -25,20 +25,20 @@ REMEMBERED_STEPS = 8
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the scheduler expects of a prompt that it may admit.
+    """What the scheduler expects of a prompt from its look-up on.
 
     Attributes:
         num_tokens: with what was generated before a preemption.
         serves_others: its full blocks go into the prefix cache.
         targets: blocks that it is compacted into, so that its own stay as they are; 0 where they
             may change, or where all of it is kept.
-        borrowed: blocks of other requests that it keeps for good.
+        cached: tokens that it takes from the cache.
     """
 
     num_tokens: int
     serves_others: bool
     targets: int = 0
-    borrowed: int = 0
+    cached: int = 0
 
 
 class FastGenBlockManager(FullAttentionManager):
@@ -63,6 +63,13 @@ class FastGenBlockManager(FullAttentionManager):
         self.prompts: dict[str, Prompt] = {}
         self.targets: dict[str, list[KVCacheBlock]] = {}
         """Given, and not yet reported of."""
+        self.most_cached_tokens = 0
+        """Prompts that begin in one step and are compressed take no more tokens from the cache
+        together, or are alone: their profiles take memory for all their tokens. The scheduler sets
+        it."""
+        self._cached_tokens = 0
+        self._hashed: dict[str, set[int]] = {}
+        self.is_planning = False
         self.step = 0
         self._given: deque[tuple[int, str, list[int]]] = deque()
         self._left: deque[tuple[int, str]] = deque()
@@ -72,6 +79,8 @@ class FastGenBlockManager(FullAttentionManager):
     def begin_step(self) -> None:
         """The scheduler plans the next step."""
         self.step += 1
+        self._cached_tokens = 0
+        self._hashed.clear()
         for remembered in (self._given, self._left):
             while remembered and remembered[0][0] <= self.step - REMEMBERED_STEPS:
                 remembered.popleft()
@@ -121,7 +130,8 @@ class FastGenBlockManager(FullAttentionManager):
     def can_lend(self) -> int:
         """Blocks that requests which keep their prompt whole may still share: see
         ``cache.head_tables.MOST_SHARED``."""
-        borrowed = sum(prompt.borrowed for prompt in self.prompts.values())
+        whole = (prompt for prompt in self.prompts.values() if not prompt.targets)
+        borrowed = sum(prompt.cached for prompt in whole) // self.block_size
         return (MOST_SHARED - 1) * self.block_pool.num_gpu_blocks - borrowed
 
     def get_num_blocks_to_allocate(
@@ -137,11 +147,27 @@ class FastGenBlockManager(FullAttentionManager):
         num_blocks = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
         )
+        if self._must_wait(request_id):
+            return self.block_pool.num_gpu_blocks  # more than there can be
         targets = self._num_targets(request_id, num_tokens)
         spare = self.block_pool.get_num_free_blocks() - num_blocks
-        if targets <= spare or self._is_shared(request_id, new_computed_blocks):
+        if targets and (targets <= spare or self._is_shared(request_id, new_computed_blocks)):
             return num_blocks + targets
         return num_blocks
+
+    def _must_wait(self, request_id: str) -> bool:
+        """Whether the step's prompts take as much from the cache as they may."""
+        prompt = self.prompts.get(request_id)
+        if prompt is None or not prompt.targets or request_id in self.num_cached_block:
+            return False
+        most = max(0, self.most_cached_tokens - self._cached_tokens)
+        return self._cached_tokens > 0 and prompt.cached > most
+
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        prompt = self.prompts.get(request_id)
+        if prompt is not None and prompt.targets:
+            self._cached_tokens += prompt.cached
 
     def _num_targets(self, request_id: str, num_tokens: int) -> int:
         """Blocks to give it beside those for its tokens, if the pool has as many."""
@@ -185,11 +211,19 @@ class FastGenBlockManager(FullAttentionManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Blocks of the prompt only: while decoding, a page holds whatever its head keeps."""
-        prompt = self.prompts.get(request.request_id)
-        if prompt is not None and prompt.serves_others:
-            super().cache_blocks(request, min(num_tokens, prompt.num_tokens), *args, **kwargs)
+        request_id, blocks = request.request_id, self.req_to_blocks[request.request_id]
+        prompt = self.prompts.get(request_id)
+        if prompt is None or not prompt.serves_others:
+            return
+        before = self.num_cached_block.get(request_id, 0)
+        super().cache_blocks(request, min(num_tokens, prompt.num_tokens), *args, **kwargs)
+        new = blocks[before : self.num_cached_block.get(request_id, 0)]
+        self._hashed.setdefault(request_id, set()).update(block.block_id for block in new)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        # Preempted after it was planned in the same step: what it was to compute never comes.
+        if self.is_planning:
+            self.block_pool.evict_blocks(self._hashed.pop(request_id, set()))
         self.free_pages.pop(request_id, None)
         self.prompts.pop(request_id, None)
         self._left.append((self.step, request_id))

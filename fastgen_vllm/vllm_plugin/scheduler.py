@@ -11,6 +11,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from fastgen_vllm.runtime.footprint import MOST_CACHED_PROMPTS
 from fastgen_vllm.runtime.report import Kept, StepReport
 from fastgen_vllm.vllm_plugin.block_manager import FastGenBlockManager, Prompt
 from fastgen_vllm.vllm_plugin.names import LOGGER
@@ -37,6 +38,7 @@ class FastGenSchedulerMixin(SchedulerBase):
         self.block_manager = manager
         self.kept: dict[str, Kept] = {}
         self.stops_at_strings: set[str] = set()
+        manager.most_cached_tokens = MOST_CACHED_PROMPTS * self.max_model_len
         config = self.config = fastgen_config(self.vllm_config)
         self.debug = config.debug
         if manager.enable_caching and config.queries_looked_at(config.goal) is None:
@@ -55,21 +57,29 @@ class FastGenSchedulerMixin(SchedulerBase):
         )
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        self.block_manager.begin_step()
+        manager = self.block_manager
+        manager.begin_step()
+        manager.is_planning = True
         output = super().schedule(*args, **kwargs)
-        output.fastgen_step = self.block_manager.step
+        manager.is_planning = False
+        output.fastgen_step = manager.step
         output.fastgen_targets = {
             request_id: [block.block_id for block in blocks]
-            for request_id, blocks in self.block_manager.targets.items()
+            for request_id, blocks in manager.targets.items()
         }
         if self.debug:
-            blocks = self.block_manager.block_pool.blocks
-            output.fastgen_hashed = {b.block_id: b.block_hash for b in blocks if b.block_hash}
+            new = {b for blocks in manager.given_since(manager.step - 1).values() for b in blocks}
+            output.fastgen_hashed = {
+                block.block_id: block.block_hash
+                for block in manager.block_pool.blocks
+                if block.block_hash and block.block_id not in new
+            }
         return output
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Those blocks of a hit that leave the tokens to compute that the profile looks at."""
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        self.block_manager.prompts.pop(request.request_id, None)  # of an earlier try
         prompt, most = self._expected(request, hit)
         if hit > most:
             blocks, hit = self.kv_cache_manager.truncate_computed_blocks(blocks, most), most
@@ -84,12 +94,12 @@ class FastGenSchedulerMixin(SchedulerBase):
         goal, block_size = config.goal_for(n, override), manager.block_size
         if goal is None:
             most = hit if hit // block_size <= manager.can_lend else 0
-            return Prompt(n, True, borrowed=most // block_size), most
+            return Prompt(n, True, cached=most), most
         needed = config.queries_looked_at(goal)
         if needed is None or not manager.enable_caching:
             return Prompt(n, False), 0
-        most = max(0, n - needed) // block_size * block_size
-        return Prompt(n, True, config.most_blocks(n, goal, override)), most
+        most = min(hit, max(0, n - needed) // block_size * block_size)
+        return Prompt(n, True, config.most_blocks(n, goal, override), most), most
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         report = getattr(model_runner_output, "fastgen_report", None)

@@ -80,6 +80,7 @@ class FastGenWorkerMixin(WorkerBase):
             partial,
             scheduler.max_num_batched_tokens,
             scheduler.max_num_seqs,
+            bool(self.cache_config.enable_prefix_caching),
         )
 
     def initialize_from_config(self: Any, kv_cache_config: Any) -> None:

@@ -84,7 +84,9 @@ class Worker(FastGenWorkerMixin, VllmWorker):
     def __init__(self, available: int, kv_bytes: int | None) -> None:
         spec = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
         self.available = available
-        self.cache_config: Any = SimpleNamespace(kv_cache_memory_bytes=kv_bytes)
+        self.cache_config: Any = SimpleNamespace(
+            kv_cache_memory_bytes=kv_bytes, enable_prefix_caching=True
+        )
         self.model_runner = SimpleNamespace(
             get_kv_cache_spec=lambda: dict.fromkeys(range(32), spec)
         )

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from helpers.paths import MODEL
 from hypothesis import HealthCheck, settings
@@ -29,7 +30,7 @@ from fastgen_vllm.vllm_plugin.overrides import override_of
 from fastgen_vllm.vllm_plugin.scheduler import FastGenScheduler
 
 BLOCK, LAYERS, HEADS, POOL = 16, 3, 2, 55
-PAGES = LAYERS * HEADS
+PAGES, MOST_CACHED = LAYERS * HEADS, 400
 OVERRIDES: list[dict[str, Any]] = [
     *({}, {}, {"fastgen_kv_budget": 0.6}, {"fastgen_compress": False}),
     *({"fastgen_recovery": 0.9}, {"fastgen_kv_budget": 0.2, "fastgen_min_recovery": 0.9}),
@@ -45,6 +46,8 @@ def make_scheduler() -> tuple[Callable[[], FastGenScheduler], Callable[[Request]
         max_num_batched_tokens=256,
         attention_backend="fastgen",
         enable_prefix_caching=True,
+        scheduling_policy="priority",
+        long_prefill_token_threshold=64,
         additional_config={"fastgen": {"debug": True, "min_prompt_tokens": 100}},
     ).create_engine_config()
     spec = FastGenSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=64, dtype=torch.float32)
@@ -85,6 +88,7 @@ class Lives(RuleBasedStateMachine):
             new_scheduler, hasher = make_scheduler()
             Lives.new_scheduler, Lives.hasher = staticmethod(new_scheduler), staticmethod(hasher)
         self.scheduler = Lives.new_scheduler()
+        self.scheduler.block_manager.most_cached_tokens = MOST_CACHED
         self.content: dict[int, list[Any]] = {}
         self.stands_for: dict[Any, tuple[int, ...]] = {}
         """Of each hash, the tokens up to its block's end."""
@@ -102,6 +106,7 @@ class Lives(RuleBasedStateMachine):
         override=st.sampled_from(OVERRIDES),
         max_tokens=st.sampled_from([1, 2, 20, 60]),
         together=st.integers(1, 3),
+        priority=st.sampled_from([0, 0, 1]),
     )
     def admit(
         self,
@@ -111,13 +116,16 @@ class Lives(RuleBasedStateMachine):
         override: dict[str, Any],
         max_tokens: int,
         together: int,
+        priority: int,
     ) -> None:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=override)
         for _ in range(together):
             self.count += 1
             tokens = [beginning] * shared + random.Random(self.count).choices(range(9), k=own)
             name = f"r{self.count}"
-            request = Request(name, tokens, params, None, block_hasher=Lives.hasher)
+            request = Request(
+                name, tokens, params, None, priority=priority, block_hasher=Lives.hasher
+            )
             self.scheduler.add_request(request)
 
     @precondition(lambda self: self.scheduler.requests)
@@ -143,6 +151,9 @@ class Lives(RuleBasedStateMachine):
             self.compute(name, request, first, first + count)
             if first + count == request.num_tokens:
                 ended.append(name)
+        begun = {r.req_id for r in plan.scheduled_new_reqs} | cached.resumed_req_ids
+        found = [started[r] for r in begun if started[r] and self.shrinks(scheduler.requests[r])]
+        assert len(found) < 2 or sum(found) <= MOST_CACHED
         for name in ended:
             self.end_prompt(name, scheduler.requests[name], plan, report, data)
         for name in names:
@@ -190,6 +201,11 @@ class Lives(RuleBasedStateMachine):
             block = table[end // BLOCK - 1].block_id
             assert self.content[block][-1] == tuple(tokens[:end]), "it is not there"
 
+    def shrinks(self, request: Request) -> bool:
+        config, sampling = self.scheduler.config, request.sampling_params
+        override = override_of(config, sampling, request.num_prompt_tokens)
+        return config.goal_for(request.num_tokens, override) is not None
+
     def end_prompt(
         self, name: str, request: Request, plan: Any, report: StepReport, data: st.DataObject | Ones
     ) -> None:
@@ -198,9 +214,8 @@ class Lives(RuleBasedStateMachine):
         manager = self.scheduler.block_manager
         own = [b.block_id for b in manager.req_to_blocks[name]]
         targets = plan.fastgen_targets.get(name)
-        kept, sampling = own, request.sampling_params
-        override = override_of(self.scheduler.config, sampling, request.num_prompt_tokens)
-        if self.scheduler.config.goal_for(request.num_tokens, override) is None:
+        kept = own
+        if not self.shrinks(request):
             self.whole.add(name)
         else:
             room = own if targets is None else targets
@@ -280,3 +295,19 @@ def test_adapters_and_salts_keep_prompts_apart() -> None:
     assert [hit("a"), hit("b")] == [0, most]
     assert [hit("c", "one"), hit("d", "other"), hit("e", "one")] == [0, 0, most]
     assert [hit("f", salt="salt"), hit("g", salt="pepper"), hit("h", salt="salt")] == [0, 0, most]
+
+
+@pytest.mark.parametrize("preempted", [True, False])
+def test_a_hash_promises_what_is_computed(preempted: bool) -> None:
+    """A request that is preempted in the step in which it was planned takes its new hashes along;
+    one that leaves later does not."""
+    new_scheduler, hasher = make_scheduler()
+    scheduler, params = new_scheduler(), SamplingParams(max_tokens=5)
+    request = Request("a", list(range(200)), params, None, block_hasher=hasher)
+    scheduler.add_request(request)
+    scheduler.schedule()
+    manager = scheduler.block_manager
+    assert any(block.block_hash for block in manager.block_pool.blocks)
+    manager.is_planning = preempted
+    manager.free("a")
+    assert any(block.block_hash for block in manager.block_pool.blocks) != preempted

@@ -73,10 +73,17 @@ def test_agent_loop(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("budget", [0.1, 0.5, 1.0])
-def test_a_hit_gives_what_a_miss_gives(engine: Engine, budget: float) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"fastgen_kv_budget": 0.1},
+        {"fastgen_kv_budget": 0.1, "fastgen_min_recovery": 0.9},
+        {"fastgen_kv_budget": 0.5, "fastgen_min_recovery": 1.0},
+        {"fastgen_kv_budget": 1.0},
+    ],
+)
+def test_a_hit_gives_what_a_miss_gives(engine: Engine, asked: dict[str, float]) -> None:
     """All of a prompt is encoded before, or a part of it; chunks are cut elsewhere then."""
-    asked = {"fastgen_kv_budget": budget}
     prompts = [SHARED + ending for ending in ("", " And then", english(500, "strings"))]
 
     def run(prompt: str) -> Finished:
@@ -94,7 +101,8 @@ def test_a_hit_gives_what_a_miss_gives(engine: Engine, budget: float) -> None:
     for prompt, miss in zip(prompts, missed, strict=True):
         hit, n = run(prompt), len(miss.prompt)
         same(hit, miss)
-        most = most_cached(n) if budget < 1.0 else (n - 1) // BLOCK * BLOCK
+        whole = asked["fastgen_kv_budget"] == 1.0
+        most = (n - 1) // BLOCK * BLOCK if whole else most_cached(n)
         assert abs(hit.info["cached_tokens"] - min(most, shared)) <= BLOCK
 
 
