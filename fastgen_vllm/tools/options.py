@@ -49,7 +49,7 @@ BenchJson = Annotated[
     ),
 ]
 QuickBench = Annotated[
-    bool, typer.Option("--quick", help="Measure small loads only. It takes under 3 minutes.")
+    bool, typer.Option("--quick", help="Measure small loads only. It takes some minutes.")
 ]
 Methods = Annotated[
     list[str] | None,
