@@ -80,26 +80,25 @@ class FastGenSchedulerMixin(SchedulerBase):
         """Those blocks of a hit that leave the tokens to compute that the profile looks at."""
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         self.block_manager.prompts.pop(request.request_id, None)  # of an earlier try
-        prompt, most = self._expected(request, hit)
-        if hit > most:
-            blocks, hit = self.kv_cache_manager.truncate_computed_blocks(blocks, most), most
+        prompt = self._expected(request, hit)
+        if hit > prompt.cached:
+            hit = prompt.cached
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, hit)
         self.block_manager.prompts[request.request_id] = prompt
         return blocks, hit, boundary, diverged
 
-    def _expected(self, request: Request, hit: int) -> tuple[Prompt, int]:
-        """What comes of a request whose first ``hit`` tokens are cached, and how many of them it
-        may take from there."""
+    def _expected(self, request: Request, hit: int) -> Prompt:
+        """What comes of a request whose first ``hit`` tokens are cached."""
         config, manager, n = self.config, self.block_manager, request.num_tokens
         override = override_of(config, request.sampling_params, request.num_prompt_tokens)
         goal, block_size = config.goal_for(n, override), manager.block_size
         if goal is None:
-            most = hit if hit // block_size <= manager.can_lend else 0
-            return Prompt(n, True, cached=most), most
+            return Prompt(n, True, cached=hit if hit // block_size <= manager.can_lend else 0)
         needed = config.queries_looked_at(goal)
         if needed is None or not manager.enable_caching:
-            return Prompt(n, False), 0
+            return Prompt(n, False)
         most = min(hit, max(0, n - needed) // block_size * block_size)
-        return Prompt(n, True, config.most_blocks(n, goal, override), most), most
+        return Prompt(n, True, config.most_blocks(n, goal, override), most)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         report = getattr(model_runner_output, "fastgen_report", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from helpers.engine import Engine, english
@@ -11,20 +10,9 @@ TOPICS = ("integers", "sets", "modules", "classes", "instance methods")
 BUDGET = {"fastgen_kv_budget": 0.25}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one turn of one user came to."""
-
-    prompt: list[int]
-    output: list[int]
-    info: dict[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def agent_loop(engine: Engine, users: int, turns: int) -> list[Answer]:
-    """Greedy answers of 12 tokens, a turn of all users at a time."""
+def agent_loop(engine: Engine, users: int, turns: int) -> list[dict[str, Any]]:
+    """Greedy answers of 12 tokens, a turn of all users at a time: ``prompt``, ``output``, ``info``
+    of each."""
     tokenizer, answers = engine.llm.get_tokenizer(), []
     system = {"role": "system", "content": english(6800, "types")}
     chats: list[list[dict[str, str]]] = [[system] for _ in range(users)]
@@ -39,5 +27,5 @@ def agent_loop(engine: Engine, users: int, turns: int) -> list[Answer]:
         for name, chat in zip(names, chats, strict=True):
             result = done[name]
             chat.append({"role": "assistant", "content": result.text})
-            answers.append(Answer(result.prompt, result.output, result.info))
+            answers.append({k: getattr(result, k) for k in ("prompt", "output", "info")})
     return answers

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 from typing import Any
 
+import pytest
+
 from fastgen_vllm.kernels import HeadRules
+from fastgen_vllm.runtime.report import StepReport
 from helpers.paths import MODEL
 
 KOREAN = (
@@ -136,6 +139,20 @@ class Engine:
             assert self.free_blocks() == num_blocks
         finally:
             pool.free_blocks(manager.req_to_blocks.pop("hoard"))
+
+    def read_reports_late(self, lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Reports are read so many steps after their own, as with asynchronous scheduling."""
+        late: list[tuple[StepReport, int]] = []
+        apply_report = self.scheduler.apply_report
+
+        def apply_late(report: StepReport, step: int) -> None:
+            late.append((report, step))
+            if len(late) > lag:
+                apply_report(*late.pop(0))
+
+        monkeypatch.setattr(self.runtime, "report_lag", lag)
+        monkeypatch.setattr(self.scheduler, "apply_report", apply_late)
+        monkeypatch.setattr(self, "reports_are_late", lag > 0)
 
     def audit(self) -> None:
         """Scheduler and worker agree on every block, and none is lost or has owners that it does

@@ -25,7 +25,7 @@ def main() -> None:
     free = engine.free_blocks()
     answers = agent_loop(engine, users=6, turns=5)
     assert engine.free_blocks() == free
-    Path(target).write_text(json.dumps([answer.as_json() for answer in answers]))
+    Path(target).write_text(json.dumps(answers))
 
 
 def cut_model(folder: Path) -> Path:

@@ -14,8 +14,6 @@ from helpers.agents import BUDGET
 from helpers.engine import Engine, Finished, english
 from helpers.paths import PROGRAMS
 
-from fastgen_vllm.runtime.report import StepReport
-
 SHARED = english(1500, "types")
 BLOCK, LOOKED_AT = 16, 128
 
@@ -152,18 +150,7 @@ def test_crowds_under_pressure(engine: Engine, monkeypatch: pytest.MonkeyPatch, 
     free = engine.free_blocks()
     unpressed = crowd(engine, 6)
     assert engine.scheduler.reset_prefix_cache()
-    if lag:
-        scheduler, late = engine.scheduler, []
-        apply_report = scheduler.apply_report
-
-        def apply_late(report: StepReport, step: int) -> None:
-            late.append((report, step))
-            if len(late) > lag:
-                apply_report(*late.pop(0))
-
-        monkeypatch.setattr(engine.runtime, "report_lag", lag)
-        monkeypatch.setattr(scheduler, "apply_report", apply_late)
-        monkeypatch.setattr(engine, "reports_are_late", True)
+    engine.read_reports_late(lag, monkeypatch)
     with engine.limited_to(30):
         assert crowd(engine, 6) == unpressed
         assert engine.most_running < 6

@@ -16,7 +16,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from fastgen_vllm.config import RequestOverride
-from fastgen_vllm.runtime.report import StepReport
 from fastgen_vllm.tools.models import load_tokenizer
 
 NATURAL = [
@@ -301,17 +300,7 @@ def test_late_reports(engine: Engine, monkeypatch: pytest.MonkeyPatch, lag: int)
         return {p: results[name].output for p, name in zip(prompts, names, strict=True)}
 
     in_time = run(0.9)
-    scheduler, late = engine.scheduler, []
-    apply_report = scheduler.apply_report
-
-    def apply_late(report: StepReport, step: int) -> None:
-        late.append((report, step))
-        if len(late) > lag:
-            apply_report(*late.pop(0))
-
-    monkeypatch.setattr(engine.runtime, "report_lag", lag)
-    monkeypatch.setattr(scheduler, "apply_report", apply_late)
-    monkeypatch.setattr(engine, "reports_are_late", True)
+    engine.read_reports_late(lag, monkeypatch)
     assert run(0.9) == in_time
     preempted = engine.num_preemptions
     free = engine.free_blocks()
