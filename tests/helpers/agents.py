@@ -14,7 +14,7 @@ def agent_loop(engine: Engine, users: int, turns: int) -> list[dict[str, Any]]:
     """Greedy answers of 12 tokens, a turn of all users at a time: ``prompt``, ``output``, ``info``
     of each."""
     tokenizer, answers = engine.llm.get_tokenizer(), []
-    system = {"role": "system", "content": english(6800, "types")}
+    system = {"role": "system", "content": english(7000, "types")}
     chats: list[list[dict[str, str]]] = [[system] for _ in range(users)]
     for turn in range(turns):
         names = []

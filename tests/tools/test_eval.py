@@ -98,7 +98,7 @@ def test_methods_see_the_model(model: str) -> None:
 @pytest.mark.engine
 def test_tiny_eval(model: str, tmp_path: Path) -> None:
     compared = variants(["h2o", "snapkv"], [0.4], [0.95], {"least_window": 16})
-    load = Load((256,), dict.fromkeys(TASKS, 2))
+    load = Load((256,), dict.fromkeys(TASKS, 1) | {"answers": 2})
     results = run_eval(model, TEXTS, load, compared, {"least_window": 16})
     summary = Summary(results)
     methods = [v["method"] for v in results["variants"]]

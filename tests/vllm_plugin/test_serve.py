@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -45,7 +46,9 @@ def client(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ope
                 time.sleep(1)
         else:
             raise AssertionError(log.read_text()[-4000:])
-        assert log.read_text().count("FASTGEN: recovery 0.9, ladder adaptive") == 1
+        for said in ("head pages of 16 tokens per block", "leave nothing in it"):
+            about = f"FASTGEN: recovery 0.9, ladder adaptive.*{said}"
+            assert len(re.findall(about, log.read_text())) == 1
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         assert server.poll() is None, "a request ended the server"
         assert "EngineDeadError" not in log.read_text()

@@ -246,7 +246,7 @@ def test_vacated_blocks_admit_more_requests(engine: Engine) -> None:
         return {p: results[k] for p, k in zip(prompts, keys, strict=True)}
 
     alone = {}
-    for prompt in prompts:
+    for prompt in prompts[::4]:
         name = engine.add(prompt, 0.9, max_tokens=20, ignore_eos=True)
         alone[prompt] = engine.run()[name].output
     with engine.limited_to(num_blocks):
@@ -259,14 +259,14 @@ def test_vacated_blocks_admit_more_requests(engine: Engine) -> None:
     assert engine.most_running >= 0.9 * stock_running / ratio, (
         f"{stock_running} -> {engine.most_running} running at kept ratio {ratio:.3f}"
     )
-    assert {p: r.output for p, r in together.items()} == alone
+    assert {p: together[p].output for p in alone} == alone
 
 
 @pytest.mark.engine
 def test_soak(engine: Engine) -> None:
-    """120 requests, random lengths and aborts, in a pool that forces preemptions."""
+    """80 requests, random lengths and aborts, in a pool that forces preemptions."""
     rng = random.Random(3)
-    waiting, finished, preempted = 120, 0, engine.num_preemptions
+    waiting, finished, preempted = 80, 0, engine.num_preemptions
     alive: set[str] = set()
     with engine.limited_to(130):
         while waiting or engine.llm.llm_engine.has_unfinished_requests():
@@ -283,7 +283,7 @@ def test_soak(engine: Engine) -> None:
                 engine.abort(victim)
                 alive.discard(victim)
             assert alive or not engine.llm.llm_engine.has_unfinished_requests()
-    assert finished > 60
+    assert finished > 40
     assert engine.num_preemptions > preempted, "not enough pressure for a preemption"
 
 
