@@ -22,6 +22,7 @@ from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.policy.choice import Goal, Profiling, QueryWeighting
 from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER, FULL, PAPER_LADDER, Hybrid, Ladder
 from fastgen_vllm.policy.methods import LADDER, METHODS, PAPER_PROFILING, PEAKS, Method
+from fastgen_vllm.policy.tokens import PROTECTED
 from fastgen_vllm.profiler.queries import queries_looked_at
 
 KernelChoice = Literal["auto", "native", "cuda", "reference"]
@@ -39,6 +40,11 @@ class Plan:
     method: Method
     profiling: Profiling
     ladder: Ladder
+
+    @property
+    def sticky_kinds(self) -> int:
+        """Bits of the token classes that the ladder's first heads keep for good."""
+        return self.ladder.hybrids[0].sticky_kinds | PROTECTED
 
 
 class FastGenConfig(BaseModel):
@@ -67,6 +73,11 @@ class FastGenConfig(BaseModel):
         block_size: tokens per block, and slots per head page.
         min_prompt_tokens: shorter prompts are kept whole, and a budget leaves a longer one the
             memory of at least so many tokens.
+        compress: ``always``, where a prompt ends; or under ``pressure``, with a budget and no
+            ladder: everything is kept until blocks run short.
+        compact_every: with a budget and no ladder, a request that is compressed always is compacted
+            again, to the budget of its length by then, whenever it has generated so many tokens,
+            and sooner where blocks run short; 0 for never.
         kernels: ``auto`` takes the fastest that serve this device and model; ``native`` insists
             on compiled ones; ``reference`` is plain PyTorch.
         extra_special_tokens: strings that count as special tokens beside the tokenizer's.
@@ -95,6 +106,8 @@ class FastGenConfig(BaseModel):
     query_sampling: int = Field(default=1, ge=1, le=1024)
     block_size: Literal[8, 16, 32, 64, 128] = 16
     min_prompt_tokens: int = Field(default=256, ge=1)
+    compress: Literal["always", "pressure"] = "always"
+    compact_every: int = Field(default=256, ge=0, le=MOST_TOKENS)
     kernels: KernelChoice = "auto"
     extra_special_tokens: tuple[str, ...] = ()
     protect: Literal["system"] | None = None
@@ -147,6 +160,17 @@ class FastGenConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_again(self) -> FastGenConfig:
+        if self.compress == "pressure" and not self._compacts_again(self.goal):
+            raise ValueError(
+                "compress 'pressure' goes with a kv_budget and no ladder; give one or take 'always'"
+            )
+        given = "compact_every" in self.model_fields_set and self.compact_every
+        if given and not any(map(self._compacts_again, self.goals)):
+            raise ValueError("compact_every goes with the default method and no ladder; take 0")
+        return self
+
     def method_for(self, goal: Goal) -> Method:
         """What chooses for prompts with such a goal."""
         if self.method != "fastgen":
@@ -194,6 +218,7 @@ class FastGenConfig(BaseModel):
             averages=averages,
             device=device,
             decode_window=profiling.decode_window,
+            decay=self.method_for(goal).decay,
         )
         return Plan(self.method_for(goal), profiling, ladder)
 
@@ -237,11 +262,55 @@ class FastGenConfig(BaseModel):
             goal = replace(goal, least_recovery=override.fastgen_min_recovery)
         return goal if goal.budget is not None else replace(goal, least_recovery=0.0)
 
-    def goal_for(self, num_tokens: int, override: RequestOverride) -> Goal | None:
-        """What a prompt of so many tokens is compressed to; None where all of it is kept."""
+    def waits(self, override: RequestOverride) -> bool:
+        """Whether the request keeps everything until blocks run short."""
+        asked = override.fastgen_compress
+        if asked is not True:
+            return asked == "pressure"
+        return self.compress == "pressure" and self._compacts_again(self.goal_of(override))
+
+    def _compacts_again(self, goal: Goal) -> bool:
+        return self.method_for(goal).choose_again is not None
+
+    def goal_for(
+        self, num_tokens: int, override: RequestOverride, sent: int | None = None
+    ) -> Goal | None:
+        """What a prompt of so many tokens is compressed to, now or under pressure; None where all
+        of it is kept.
+
+        ``sent``: its tokens as it was sent, where output has been added since. What was kept whole
+        for being short stays whole until it has grown.
+        """
         goal = self.goal_of(override)
-        keeps = not override.fastgen_compress or goal.keeps_everything
-        return None if keeps or num_tokens < self.min_prompt_tokens else goal
+        if not override.fastgen_compress or goal.keeps_everything:
+            return None
+        least = self.min_prompt_tokens
+        if sent is not None and sent < least:
+            if self.growth_goal(override) is None:
+                return None
+            least += self.compact_every
+        return goal if num_tokens >= least else None
+
+    def growth_goal(self, override: RequestOverride) -> Goal | None:
+        """What a request is compacted to again while it grows; None where it is not."""
+        goal = self.goal_of(override)
+        grows = override.fastgen_compress and (self.compact_every or self.waits(override))
+        return goal if grows and self._compacts_again(goal) and not goal.keeps_everything else None
+
+    def goals_for(
+        self,
+        num_tokens: int,
+        override: RequestOverride,
+        sent: int | None = None,
+        longest: int | None = None,
+    ) -> tuple[Goal | None, Goal | None]:
+        """``goal_for`` and ``growth_goal``; a short request that can have no more than ``longest``
+        tokens may never grow so far."""
+        goal, later = self.goal_for(num_tokens, override, sent), self.growth_goal(override)
+        first = self.min_prompt_tokens + self.compact_every * (not self.waits(override))
+        if goal is None and longest is not None and longest <= first:
+            later = None
+        return goal, later
 
     def queries_looked_at(self, goal: Goal) -> int | None:
         """The last so many tokens of a prompt must be computed for its profile; None where all of
@@ -279,6 +348,11 @@ class FastGenConfig(BaseModel):
                     f"request.{name}: {value} cannot change method {self.method!r}, whose "
                     "kv_budget is fixed at start-up; leave it out"
                 )
+        if self.waits(override) and not self._compacts_again(self.goal_of(override)):
+            raise FastGenConfigError(
+                "request.fastgen_compress: 'pressure' goes with a kv_budget and no ladder or other "
+                "method; take 'always', or give fastgen_kv_budget if the engine has no ladder"
+            )
         if override.fastgen_min_recovery is not None and self.goal_of(override).budget is None:
             raise FastGenConfigError(
                 f"request.fastgen_min_recovery: {override.fastgen_min_recovery} goes with a "
@@ -341,7 +415,7 @@ class RequestOverride(BaseModel):
 
     fastgen_recovery: float | None = Field(default=None, ge=0.0, le=1.0)
     fastgen_kv_budget: float | None = Field(default=None, gt=0.0, le=1.0)
-    fastgen_compress: bool = True
+    fastgen_compress: bool | Literal["always", "pressure"] = True
     fastgen_protect: Literal["system"] | tuple[int, ...] | None = None
     fastgen_min_recovery: float | None = Field(default=None, ge=0.0, le=1.0)
 

@@ -162,15 +162,17 @@ void attention_peaks(const Tensor& query, const Tensor& pages, const Tensor& pag
 
 void decode_attention(const Tensor& query, const Tensor& pages, const Tensor& positions,
                       const Tensor& rows, const Tensor& page_table, const Tensor& table_start,
-                      const Tensor& lengths, const Tensor& keeps_scores, const Tensor& scores,
-                      double scale, const Tensor& output) {
+                      const Tensor& lengths, const Tensor& keeps_scores, const Tensor& decay,
+                      const Tensor& far, const Tensor& scores, double scale,
+                      const Tensor& output) {
   check_tokens(query, pages, "query");
   check_tokens(output, pages, "output");
   check_pages(pages, query);
-  for (const Tensor& t : {table_start, lengths, keeps_scores})
+  for (const Tensor& t : {table_start, lengths, keeps_scores, decay})
     TORCH_CHECK(t.stride(1) == 1 && t.stride(0) == lengths.stride(0) && t.size(1) == query.size(1),
-                "fastgen: table_start, lengths and keeps_scores [R, H]");
-  TORCH_CHECK(rows.size(0) == query.size(0), "fastgen: rows [N]");
+                "fastgen: table_start, lengths, keeps_scores and decay [R, H]");
+  TORCH_CHECK(rows.size(0) == query.size(0) && far.size(0) == query.size(0),
+              "fastgen: rows and far [N]");
   DecodeAttention a;
   a.dtype = dtype_of(pages);
   a.num_requests = query.size(0);
@@ -188,6 +190,8 @@ void decode_attention(const Tensor& query, const Tensor& pages, const Tensor& po
   a.lengths = lengths.data_ptr<int32_t>();
   a.row_stride = lengths.stride(0);
   a.keeps_scores = keeps_scores.data_ptr<bool>();
+  a.decay = decay.data_ptr<float>();
+  a.far = contiguous<int64_t>(far, "far");
   a.scores = contiguous<float>(scores, "scores");
   a.output = output.data_ptr();
   a.output_stride = output.stride(0);
@@ -296,8 +300,8 @@ TORCH_LIBRARY(fastgen, m) {
       attention_peaks);
   m.def(
       "decode_attention(Tensor query, Tensor pages, Tensor positions, Tensor rows, "
-      "Tensor page_table, Tensor table_start, Tensor lengths, Tensor keeps_scores, "
-      "Tensor(a!) scores, float scale, Tensor(b!) output) -> ()",
+      "Tensor page_table, Tensor table_start, Tensor lengths, Tensor keeps_scores, Tensor decay, "
+      "Tensor far, Tensor(a!) scores, float scale, Tensor(b!) output) -> ()",
       decode_attention);
   m.def(
       "plan_decode(Tensor rows, Tensor num_tokens, Tensor token_classes, Tensor(a!) slots, "

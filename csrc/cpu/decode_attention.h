@@ -252,24 +252,32 @@ INLINE void merge_head(const DecodeTask& task, int64_t index) {
     lse[g] = best + __builtin_log2f(sum);
   }
   if (!head.raw) return;
-  const int32_t* pages = a.page_table + a.table_start[a.rows[request] * a.row_stride + kv_head];
+  int64_t at = a.rows[request] * a.row_stride + kv_head;
+  const int32_t *pages = a.page_table + a.table_start[at], far = (int32_t)a.far[request];
+  float decay = a.decay[at];
   for (int64_t page = 0; page * a.block_size < head.length; ++page) {
     float* scores = a.scores + pages[page] * a.block_size;
+    const int32_t* positions = a.positions + pages[page] * a.block_size;
     int64_t first = page * a.block_size, n = lower(a.block_size, head.length - first), j = 0;
     // An evicted slot's raw score is -inf, which adds 0.
     for (; j + W <= n; j += W) {
-      vf total = load(scores + j);
+      vf received = splat(0.0f), before = load(scores + j);
       for (int64_t g = 0; g < G; ++g) {
         vf x = load(head.raw + g * head.length + first + j) - lse[g];
-        total += exp2_nonpositive(x < 0.0f ? x : splat(0.0f));
+        received += exp2_nonpositive(x < 0.0f ? x : splat(0.0f));
       }
-      store(scores + j, total);
+      vf peak = load_int(positions + j) < far ? received : splat(0.0f);
+      store(scores + j, decay > 0.0f ? vmax(before * decay, peak) : before + received);
     }
-    for (; j < n; ++j)
+    for (; j < n; ++j) {
+      float received = 0.0f;
       for (int64_t g = 0; g < G; ++g) {
         float x = head.raw[g * head.length + first + j] - lse[g];
-        scores[j] += exp2_nonpositive(splat(x < 0.0f ? x : 0.0f))[0];
+        received += exp2_nonpositive(splat(x < 0.0f ? x : 0.0f))[0];
       }
+      float faded = scores[j] * decay, peak = positions[j] < far ? received : 0.0f;
+      scores[j] = decay > 0.0f ? (faded > peak ? faded : peak) : scores[j] + received;
+    }
   }
 }
 

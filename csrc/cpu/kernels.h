@@ -62,7 +62,9 @@ struct DecodeAttention {
   const int64_t* table_start;  // [R, num_heads]
   const int32_t* lengths;      // [R, num_heads]
   const bool* keeps_scores;    // [R, num_heads]
-  int64_t row_stride;          // of these three
+  const float* decay;          // [R, num_heads], 0 where scores are sums
+  int64_t row_stride;          // of these four
+  const int64_t* far;          // [num_requests], peaks count before this position
   float* scores;               // [num_pages, block_size]
   void* output;                // as query
   int64_t output_stride;

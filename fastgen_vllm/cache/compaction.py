@@ -35,7 +35,7 @@ class _Packed:
         is_used: bool ``[L, H, P]``.
         in_blocks: of each of its blocks, how many of its pages are in use.
         needed: pages in use, and one for every head that can fill its last before the scheduler
-            grants a block.
+            grants a block, or those to spare if they are more.
     """
 
     pages: torch.Tensor
@@ -54,6 +54,7 @@ def compact(
     num_tokens: int,
     kernels: Kernels,
     targets: Sequence[int] | None = None,
+    spare: torch.Tensor | None = None,
 ) -> Compacted:
     """Keep some of a request's slots and give the blocks that this frees back.
 
@@ -70,6 +71,7 @@ def compact(
         kept: bool ``[L, H, S]``, of each head's slots in use, at most ``S``.
         num_tokens: of the sequence so far.
         targets: blocks to move into, out of place: what is not needed of them is vacated too.
+        spare: int ``[]``, pages that stay unused at least.
     """
     pool = tables.pool
     blocks = list(tables.blocks[request_id] if targets is None else targets)
@@ -77,7 +79,7 @@ def compact(
     used = -(-lengths // pool.block_size)
     target = source if targets is None else _spread(pool, blocks, used, source.shape[-1])
     kernels.pack_slots(pool, source, kept, target)
-    packed = _measure(pool, target, lengths, used, blocks, num_tokens)
+    packed = _measure(pool, target, lengths, used, blocks, num_tokens, spare)
     staying, free = _gather(pool, packed, blocks, kernels)
     width = -(-packed.longest // pool.block_size)
     held = Holding(staying, packed.pages[..., :width], lengths, num_sticky, packed.longest, free)
@@ -112,6 +114,7 @@ def _measure(
     used: torch.Tensor,
     blocks: Sequence[int],
     num_tokens: int,
+    spare: torch.Tensor | None,
 ) -> _Packed:
     """The figures that the host decides by. The one place where it waits for the device."""
     until_boundary = -num_tokens % pool.block_size
@@ -122,7 +125,8 @@ def _measure(
     block_of = (pages // pool.pages_per_block).flatten()
     counts.scatter_add_(0, block_of, is_used.flatten().long())
     block_ids = to_device(torch.tensor(blocks, dtype=torch.int64), pages.device)
-    sums = torch.stack([used.sum() + growing.sum(), lengths.max(), lengths.sum()])
+    unused = growing.sum() if spare is None else torch.maximum(growing.sum(), spare)
+    sums = torch.stack([used.sum() + unused, lengths.max(), lengths.sum()])
     needed, longest, kept_slots, *in_blocks = torch.cat([sums, counts[block_ids]]).tolist()
     return _Packed(pages, is_used, in_blocks, needed, longest, kept_slots)
 

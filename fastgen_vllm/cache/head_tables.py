@@ -17,10 +17,11 @@ class OutOfPagesError(RuntimeError):
     """A head had to grow and its request owned no free page: the accounting is broken."""
 
 
-MOST_FREE_BLOCKS = 3
-"""Blocks' worth of unused pages that a request can own: less than two after its compaction, and one
+MOST_FREE_BLOCKS = 5
+"""Blocks' worth of unused pages that a request can own. Less than two after its compaction, and one
 granted before the scheduler has read of it; later, one granted on top of less than one that the
-scheduler counts and less than one that late reports hold back."""
+scheduler counts and less than one that late reports hold back. A later compaction leaves it what it
+owned unused, less than one more, and one is granted before the scheduler has read of it."""
 
 MARGIN = 32
 """Entries of the page table that a head can grow by, at least, before its request's are moved."""
@@ -123,7 +124,7 @@ class HeadTables:
         Args:
             blocks: the ``ceil(n / block_size)`` blocks that it lies in, in token order.
             rules: ``[L, H]``.
-            scores: float32 ``[L, H, n]``, cumulative attention; read for heads that keep scores.
+            scores: float32 ``[L, H, n]``, read for heads that keep scores.
             sticky: bool ``[L, H, n]``.
         """
         assert request_id not in self.rows, f"{request_id} already has head tables"
@@ -140,7 +141,8 @@ class HeadTables:
         return pages
 
     def hold_all(self, request_id: str, pages: torch.Tensor, num_tokens: int) -> None:
-        """What ``enter`` returned, none of it sticky: heads that keep everything evict nothing."""
+        """What ``enter`` returned. Heads that keep everything evict nothing, so nobody asks how
+        much of it is sticky."""
         shape = pages.shape[:2]
         lengths = torch.full(shape, num_tokens, device=pages.device)
         blocks, none = self.blocks[request_id], pages.new_empty(0)

@@ -12,6 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+PEAK_DISTANCE = 32
+"""Scores that are peaks count queries from so many tokens after the key on: what is nearer moves
+along with the queries."""
+
 UNBOUNDED = 1 << 30
 """The least window of a head that never evicts: longer than any sequence."""
 
@@ -25,8 +29,9 @@ class Pages:
     Attributes:
         kv: ``[num_pages, block_size, 2 * D]``, K then V in each slot.
         positions: int32 ``[num_pages, block_size]``, the token's position or ``EMPTY``.
-        scores: float32 ``[num_pages, block_size]``, cumulative attention; ``+inf`` for sticky
-            tokens, which are never the lowest, and 0 where the head keeps no scores.
+        scores: float32 ``[num_pages, block_size]``, the attention that slots received, as their
+            head's rules say; ``+inf`` for sticky tokens, which are never the lowest, and 0 where
+            the head keeps no scores.
     """
 
     kv: torch.Tensor
@@ -79,8 +84,11 @@ class HeadRules:
         frequent, local: int32, r_f and r_l in units of 1/10000.
         least_window: int32, tokens; the local window is never narrower. At least 1, since a query
             always sees itself, and ``UNBOUNDED`` where the head keeps everything.
-        keeps_scores: bool, whether the attention that slots receive is added to their scores.
+        keeps_scores: bool, whether the attention that slots receive enters their scores.
         averages: bool, whether scores are compared divided by the queries that saw the token.
+        decay: float32; 0 where scores are the sums of that attention. Else they are peaks, which
+            fade by this factor with every token: the most that a query gave, ``PEAK_DISTANCE``
+            tokens later or more.
     """
 
     sticky_kinds: torch.Tensor
@@ -89,10 +97,12 @@ class HeadRules:
     least_window: torch.Tensor
     keeps_scores: torch.Tensor
     averages: torch.Tensor
+    decay: torch.Tensor
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], device: torch.device) -> HeadRules:
-        types = (torch.uint8, torch.int32, torch.int32, torch.int32, torch.bool, torch.bool)
+        ints, bools = [torch.int32] * 3, [torch.bool] * 2
+        types = (torch.uint8, *ints, *bools, torch.float32)
         return cls(*(torch.zeros(shape, dtype=dtype, device=device) for dtype in types))
 
     def __getitem__(self, index: Any) -> HeadRules:

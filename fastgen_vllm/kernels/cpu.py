@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from fastgen_vllm.kernels.contract import DecodeBatch, HeadState, Pages, ProfiledQueries, PromptKeys
+from fastgen_vllm.kernels.contract import (
+    PEAK_DISTANCE,
+    DecodeBatch,
+    HeadState,
+    Pages,
+    ProfiledQueries,
+    PromptKeys,
+)
 from fastgen_vllm.kernels.reference import move_pages
 
 __all__ = [
@@ -174,6 +181,8 @@ def decode_attention(
         heads.table_start[:, layer],
         heads.lengths[:, layer],
         heads.rules.keeps_scores[:, layer],
+        heads.rules.decay[:, layer],
+        batch.num_tokens - PEAK_DISTANCE,
         pages.scores,
         scale,
         attended,

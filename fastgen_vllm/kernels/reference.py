@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from fastgen_vllm.kernels.contract import (
+    PEAK_DISTANCE,
     DecodeBatch,
     HeadRules,
     HeadState,
@@ -161,7 +162,8 @@ def decode_attention(
     """Attention of one query token per request over its heads' live slots, in one layer.
 
     Slots whose position is ``EMPTY`` (evicted) are skipped. Every head has at least one live slot:
-    its newest token. Heads that keep scores add each slot's probability, summed over the group.
+    its newest token. Heads that keep scores add each slot's probability, summed over the group, or
+    take it where it is the highest, as their rules say.
 
     Args:
         query: ``[N, H, G, D]``.
@@ -177,15 +179,20 @@ def decode_attention(
     cache = pages.kv[index].view(n, num_heads, width * block_size, -1).float()
     key, value = cache.chunk(2, dim=-1)
     in_use = torch.arange(width * block_size, device=query.device) < length[..., None]
-    live = (pages.positions[index].view(n, num_heads, -1) >= 0) & in_use
+    positions = pages.positions[index].view(n, num_heads, -1)
+    live = (positions >= 0) & in_use
     weights = torch.matmul(query.float(), key.transpose(-1, -2)) * scale
     probs = weights.masked_fill(~live[:, :, None], float("-inf")).softmax(dim=-1)
     # An evicted slot may hold anything, NaN included, and 0 * NaN is NaN.
     output.copy_(torch.matmul(probs, value.masked_fill(~live[..., None], 0.0)))
-    received = probs.sum(dim=2).view(n, num_heads, width, block_size)
+    received, decay = probs.sum(dim=2), heads.rules.decay[own][..., None]
+    before = pages.scores[index].view(n, num_heads, -1)
+    is_far = batch.num_tokens[:, None, None] - 1 - positions >= PEAK_DISTANCE
+    peak = torch.maximum(before * decay, received * is_far)
+    after = torch.where(decay > 0, peak, before + received).unflatten(-1, (width, block_size))
     owned = heads.rules.keeps_scores[own][..., None] & (table > 0)
     # A page has one owner, so no index repeats.
-    pages.scores[table[owned]] += received[owned]
+    pages.scores[table[owned]] = after[owned]
 
 
 def pages_in_order(

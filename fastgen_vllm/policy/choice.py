@@ -158,7 +158,7 @@ class Choice:
         rules: ``[L, H]``, how they go on while decoding.
         kept: bool ``[L, H, n]``.
         sticky: bool ``[L, H, n]``, those of them that are never evicted.
-        scores: float32 ``[L, H, n]``, where the sums of heads that keep scores go on from.
+        scores: float32 ``[L, H, n]``, where heads that keep scores go on from.
         recovery: float32 ``[L, H]``, the mass that is kept, as far as the method knows it.
         is_everything: heads are full, whatever the prompt.
     """
@@ -171,14 +171,48 @@ class Choice:
     is_everything: bool = False
 
     @classmethod
-    def everything(cls, shape: tuple[int, int, int], device: torch.device) -> Choice:
-        """Full heads: ``shape`` is ``(L, H, n)``."""
+    def everything(
+        cls, shape: tuple[int, int, int], device: torch.device, sticky: torch.Tensor | None = None
+    ) -> Choice:
+        """Full heads: ``shape`` is ``(L, H, n)``. ``sticky``: bool ``[n]``, what would stay if they
+        were not."""
         rules = HeadRules.zeros(shape[:2], device)
         rules.least_window.fill_(UNBOUNDED)
         kept = torch.ones((), dtype=torch.bool, device=device).expand(shape)
+        stays = ~kept if sticky is None else sticky.expand(shape)
         scores = torch.zeros((), device=device).expand(shape)
         recovery = torch.ones(shape[:2], device=device)
-        return cls(rules, kept, ~kept, scores, recovery, is_everything=True)
+        return cls(rules, kept, stays, scores, recovery, is_everything=True)
+
+    def whole(self) -> Choice:
+        """All of the prompt, and what is known of its keys for when some must go."""
+        everything = Choice.everything(self.kept.shape, self.kept.device)
+        return replace(everything, sticky=self.sticky, scores=self.scores)
+
+
+@dataclass(frozen=True)
+class SlotStats:
+    """What a request's slots tell while it decodes: ``S`` of each head, those in use first.
+
+    Attributes:
+        lengths: int64 ``[L, H]``, slots in use.
+        positions: int32 ``[L, H, S]``.
+        scores: float32 ``[L, H, S]``; ``+inf`` for sticky tokens.
+        num_tokens: of the sequence so far.
+        page_size: slots per page.
+    """
+
+    lengths: torch.Tensor
+    positions: torch.Tensor
+    scores: torch.Tensor
+    num_tokens: int
+    page_size: int
+
+    @property
+    def in_use(self) -> torch.Tensor:
+        """bool ``[L, H, S]``."""
+        index = torch.arange(self.positions.shape[-1], device=self.positions.device)
+        return index < self.lengths[..., None]
 
 
 @dataclass(frozen=True)

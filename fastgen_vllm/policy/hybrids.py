@@ -105,10 +105,11 @@ class Ladder:
         averages: bool = False,
         device: torch.device | str = "cpu",
         decode_window: int = 1,
+        decay: float = 0.0,
     ) -> Ladder:
         """``averages``: scores are compared divided by the queries that saw the token.
         ``decode_window``: while decoding the local window is never narrower, ``least_window`` being
-        that of the prompt."""
+        that of the prompt. ``decay``: of scores, see ``HeadRules``."""
         columns = zip(
             *(
                 (
@@ -118,6 +119,7 @@ class Ladder:
                     UNBOUNDED if hybrid.full else max(least_window, decode_window),
                     hybrid.frequent > 0,
                     averages,
+                    decay,
                 )
                 for hybrid in hybrids
             ),

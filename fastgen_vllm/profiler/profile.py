@@ -177,7 +177,8 @@ class PromptProfile:
         assert goal.budget is not None
         low, high = goal.budget, 1.0
         shape = (self.heads.num_layers, self.heads.num_kv_heads, self.num_tokens)
-        choice = Choice.everything(shape, stats.scores.device)
+        sticky = (stats.token_classes & self.plan.sticky_kinds) != 0
+        choice = Choice.everything(shape, sticky.device, sticky)
         while high - low > 1e-3:
             middle = (low + high) / 2
             tried = replace(goal, budget=middle)

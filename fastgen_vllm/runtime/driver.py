@@ -9,6 +9,7 @@ import torch
 
 from fastgen_vllm.config import RequestOverride
 from fastgen_vllm.policy.choice import Choice
+from fastgen_vllm.runtime.growth import Growth
 from fastgen_vllm.runtime.report import PendingReport, StepReport
 from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.step import Step
@@ -45,10 +46,18 @@ class Driver:
         self.requests[name] = Driven(list(tokens))
         self.runtime.begin_prefill(name, tokens, override)
 
-    def adopt(self, name: str, tokens: Sequence[int], blocks: list[int], choice: Choice) -> None:
+    def adopt(
+        self,
+        name: str,
+        tokens: Sequence[int],
+        blocks: list[int],
+        choice: Choice,
+        growth: Growth | None = None,
+    ) -> None:
         """A request whose prompt lies encoded in ``blocks`` keeps what it chose."""
         self.requests[name] = Driven(list(tokens), len(tokens), blocks)
-        self.give_back(name, self.runtime.install(name, blocks, choice).vacated)
+        done = self.runtime.install(name, blocks, choice, growth=growth)
+        self.give_back(name, done.vacated)
         tables = self.runtime.tables
         self.requests[name].free_pages = int(tables.state.num_free[tables.rows[name]])
 
@@ -107,9 +116,10 @@ class Driver:
             seen,
         )
 
-    def finish_step(self, step: Step) -> StepReport:
-        """Compress the prompts that ended, and take back what they vacate."""
-        return self.read(self.runtime.finish_step(step))
+    def finish_step(self, step: Step, squeeze: Sequence[str] = ()) -> StepReport:
+        """Compress the prompts that ended and whom to ``squeeze``, and take back what they
+        vacate."""
+        return self.read(self.runtime.finish_step(step, squeeze))
 
     def read(self, pending: PendingReport) -> StepReport:
         """Take back what was vacated in the step that is reported."""

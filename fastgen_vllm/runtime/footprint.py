@@ -18,6 +18,9 @@ KEY_BYTES = 32
 """What a prompt's key takes in a KV head until the prompt is compressed, beside its mass: the
 norm of its value, its score and rank, whether it is kept, where it goes."""
 
+AGAIN_BYTES = 40
+"""What a key takes while it is decided whether its request still keeps it."""
+
 SCRATCH_BYTES = 80
 """What a key takes while a prompt's policies are chosen or its metadata is written, beside a copy
 of its mass."""
@@ -86,7 +89,9 @@ def for_prompts(config: FastGenConfig, load: Load) -> int:
     one_layer = load.num_kv_heads * load.longest
     together = min(max(MOST_AT_ONCE, one_layer), one_layer * load.num_layers)
     scratch = together * (mass + groups * SCRATCH_BYTES)
-    return load.keys * tokens * (mass + KEY_BYTES) + scratch
+    grows = any(plan.method.choose_again is not None for plan in plans)
+    again = AGAIN_BYTES * load.longest if grows else 0
+    return load.keys * (tokens * (mass + KEY_BYTES) + again) + scratch
 
 
 def for_attention(load: Load) -> int:

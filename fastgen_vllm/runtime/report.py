@@ -11,6 +11,19 @@ from fastgen_vllm.cache import check_pages
 
 
 @dataclass(frozen=True)
+class KeptAgain:
+    """What a request keeps that was compacted while it decodes.
+
+    Attributes:
+        ratio: slots in use, of the full cache's.
+        num_tokens: of the sequence by then.
+    """
+
+    ratio: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class Kept:
     """What a request kept after its prompt.
 
@@ -22,6 +35,8 @@ class Kept:
         recovery: the share of its last queries' attention that is kept, on average over heads;
             None where that is not known.
         protected_tokens: of the prompt, kept in every head because it was asked for.
+        compactions: since then, for its growth or for lack of memory.
+        last: what the last of them left.
     """
 
     kept_slots: int
@@ -32,6 +47,8 @@ class Kept:
     budget: float | None = None
     recovery: float | None = None
     protected_tokens: int = 0
+    compactions: int = 0
+    last: KeptAgain | None = None
 
 
 @dataclass
@@ -44,12 +61,14 @@ class StepReport:
             the scheduler reads this, ``report_lag`` steps later, at worst.
         kept: of requests that finished their prompt in this step.
         owned: in debug mode, the blocks that each decoding request owns.
+        kept_again: of requests that were compacted while they decode.
     """
 
     vacated: dict[str, list[int]] = field(default_factory=dict)
     free_pages: dict[str, int] = field(default_factory=dict)
     kept: dict[str, Kept] = field(default_factory=dict)
     owned: dict[str, list[int]] | None = None
+    kept_again: dict[str, KeptAgain] = field(default_factory=dict)
 
 
 class PendingReport:

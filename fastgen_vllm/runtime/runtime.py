@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,8 @@ from fastgen_vllm.policy.choice import Choice, Goal
 from fastgen_vllm.policy.hybrids import hybrids_of
 from fastgen_vllm.policy.protect import SystemPrompts, protect
 from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile, PromptTokens
-from fastgen_vllm.runtime.report import Kept, PendingReport, StepReport
+from fastgen_vllm.runtime.growth import Growth
+from fastgen_vllm.runtime.report import Kept, KeptAgain, PendingReport, StepReport
 from fastgen_vllm.runtime.step import Prefill, PrefillChunk, Step
 from fastgen_vllm.tensors import to_device
 
@@ -38,6 +39,7 @@ class Runtime:
         kernels: what runs; ``why_not_faster`` says why it is not the fastest, or is empty.
         prefills: requests whose prompt is being encoded.
         tables: of those that are past it.
+        growths: of those among them that are compacted again.
     """
 
     kernels: Kernels
@@ -64,16 +66,33 @@ class Runtime:
         self.kernels, self.why_not_faster = selected
         self.kernels.prepare(kv)
         self.prefills: dict[str, Prefill] = {}
+        self.growths: dict[str, Growth] = {}
 
     def begin_prefill(
-        self, request_id: str, token_ids: Sequence[int], override: RequestOverride
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        override: RequestOverride,
+        sent: int | None = None,
+        longest: int | None = None,
     ) -> None:
-        """A request starts, or starts again after a preemption with its output as prompt."""
+        """A request starts, or starts again after a preemption with its output as prompt.
+
+        Args:
+            sent: tokens of the prompt as it was sent.
+            longest: tokens that it can have in the end.
+        """
         self.release(request_id)
-        n = len(token_ids)
-        goal = self.config.goal_for(n, override)
-        profile = None if goal is None else self.new_profile(token_ids, goal, override)
-        self.prefills[request_id] = Prefill(n, profile)
+        prefill = self.prefills[request_id] = Prefill(len(token_ids))
+        goal, later = self.config.goals_for(prefill.num_tokens, override, sent, longest)
+        if goal is None and later is None:
+            return
+        prompt = self.prompt_tokens(self.config, token_ids, override)
+        if goal is not None:
+            prefill.profile = self.new_profile(prompt, goal)
+        if later is not None:
+            every = 0 if self.config.waits(override) else self.config.compact_every
+            prefill.growth = Growth(self._plan(later), later, every, prompt)
 
     def compact_into(self, request_id: str, blocks: list[int]) -> None:
         """The scheduler gave a request whose prompt ends in this step blocks for what it keeps: the
@@ -91,21 +110,21 @@ class Runtime:
         spans = [(0, system)] if by_role else override.spans
         return PromptTokens(*protect(classes, spans, config.protect_limit), system)
 
-    def new_profile(
-        self, token_ids: Sequence[int], goal: Goal, override: RequestOverride
-    ) -> PromptProfile:
+    def new_profile(self, prompt: PromptTokens, goal: Goal) -> PromptProfile:
         """The profile of a prompt that begins."""
-        prompt = self.prompt_tokens(self.config, token_ids, override)
-        block_size = self.pool.block_size
+        plan, block_size = self._plan(goal), self.pool.block_size
+        return PromptProfile(self.config, plan, self.heads, prompt, block_size, goal)
+
+    def _plan(self, goal: Goal) -> Plan:
         by_budget = goal.budget is not None
         if by_budget not in self._plans:  # a method of the literature has one budget
             self._plans[by_budget] = self.config.plan_for(goal, self.pool.kv.device)
-        plan = self._plans[by_budget]
-        return PromptProfile(self.config, plan, self.heads, prompt, block_size, goal)
+        return self._plans[by_budget]
 
     def release(self, request_id: str) -> None:
         """The request finished, was aborted or was preempted: its blocks are not its own now."""
         self.prefills.pop(request_id, None)
+        self.growths.pop(request_id, None)
         self.tables.release(request_id)
 
     def grant(self, request_id: str, blocks: Sequence[int]) -> None:
@@ -228,9 +247,14 @@ class Runtime:
         if profile is not None:
             profile.add_chunk(self.kernels, layer, PromptChunk(own, value, keys, lse, scale))
 
-    def finish_step(self, step: Step) -> PendingReport:
-        """Compress the requests whose prompt ended, and report."""
+    def finish_step(self, step: Step, squeeze: Collection[str] = ()) -> PendingReport:
+        """Compress the requests whose prompt ended, those that have grown and those that the
+        scheduler wants to ``squeeze``, and report."""
         report, ended = StepReport(), []
+        for request_id in step.decode_ids:
+            growth = self.growths.get(request_id)
+            if growth is not None and (growth.add_token() or request_id in squeeze):
+                self._compact_again(request_id, growth, report)
         for chunk in step.chunks:
             prefill = self.prefills.get(chunk.request_id)
             if prefill is not None and chunk.num_seen == prefill.num_tokens:
@@ -252,27 +276,49 @@ class Runtime:
 
     def _compress(self, chunk: PrefillChunk, prefill: Prefill, report: StepReport) -> None:
         request_id, n = chunk.request_id, prefill.num_tokens
-        heads = (self.heads.num_layers, self.heads.num_kv_heads)
         total = n * self.pool.pages_per_block
-        if prefill.profile is None:
-            choice = Choice.everything((*heads, n), self.pool.kv.device)
-        else:
-            choice = prefill.profile.finish()
+        profile, growth = prefill.profile, prefill.growth
+        choice = self.everything(n, growth) if profile is None else profile.finish()
+        if profile is not None and growth is not None and profile.goal.least_recovery:
+            growth.rise_to(profile.goal)
+        if growth is not None and growth.waits:
+            choice = choice.whole()
         del self.prefills[request_id]
         blocks = chunk.blocks.tolist()
-        done = self.install(request_id, blocks, choice, prefill.targets)
+        done = self.install(request_id, blocks, choice, prefill.targets, growth)
         kinds = Counter(hybrid.kind for hybrid in hybrids_of(choice.rules))
         report.vacated[request_id] = done.vacated
         given_back = len(blocks) - len(self.tables.blocks[request_id])
         kept = Kept(done.kept_slots, total, given_back, dict(kinds), prefill.cached_tokens or 0)
-        if prefill.profile is not None and self.config.method == "fastgen":
+        if profile is not None and self.config.method == "fastgen":
             kept = replace(
                 kept,
-                budget=prefill.profile.budget,
+                budget=profile.budget,
                 recovery=float(choice.recovery.mean()),
-                protected_tokens=prefill.profile.num_protected,
+                protected_tokens=profile.num_protected,
             )
         report.kept[request_id] = kept
+
+    def everything(self, num_tokens: int, growth: Growth | None = None) -> Choice:
+        """All that a prompt has; ``growth``: how it goes on, where it is compacted later."""
+        shape = (self.heads.num_layers, self.heads.num_kv_heads, num_tokens)
+        device = self.pool.kv.device
+        sticky = None if growth is None else to_device(growth.sticky(), device)
+        return Choice.everything(shape, device, sticky)
+
+    def _compact_again(self, request_id: str, growth: Growth, report: StepReport) -> None:
+        tables = self.tables
+        rules, kept = growth.choose(tables, request_id)
+        row, pages = tables.rows[request_id], tables.pages_of(request_id)
+        # The scheduler may count on what was unused, where it reads of this later.
+        spare = tables.state.num_free[row] if self.report_lag else None
+        done = compact(
+            tables, request_id, pages, kept, growth.num_tokens, self.kernels, spare=spare
+        )
+        tables.state.rules[row] = rules
+        report.vacated[request_id] = done.vacated
+        total = growth.num_tokens * self.pool.pages_per_block
+        report.kept_again[request_id] = KeptAgain(done.kept_slots / total, growth.num_tokens)
 
     def install(
         self,
@@ -280,10 +326,14 @@ class Runtime:
         blocks: Sequence[int],
         choice: Choice,
         targets: Sequence[int] | None = None,
+        growth: Growth | None = None,
     ) -> Compacted:
         """Enter a prompt that lies in ``blocks``, in token order, and compact it to the choice,
         into ``targets`` where it is not to change."""
         tables, n = self.tables, choice.kept.shape[-1]
+        if growth is not None:
+            growth.prepare(choice.rules)
+            self.growths[request_id] = growth
         pages = tables.enter(request_id, blocks, choice.rules, choice.scores, choice.sticky)
         if choice.is_everything and targets is None:
             tables.hold_all(request_id, pages, n)

@@ -8,6 +8,7 @@ import torch
 
 from fastgen_vllm.kernels.contract import DecodeBatch
 from fastgen_vllm.profiler.profile import PromptProfile
+from fastgen_vllm.runtime.growth import Growth
 
 
 @dataclass
@@ -16,12 +17,14 @@ class Prefill:
 
     Attributes:
         profile: None where all is kept.
+        growth: how it goes on; None where it is not compacted again.
         targets: blocks that it is compacted into; None where its own blocks are its alone.
         cached_tokens: those that it found encoded, once its first chunk is planned.
     """
 
     num_tokens: int
-    profile: PromptProfile | None
+    profile: PromptProfile | None = None
+    growth: Growth | None = None
     targets: list[int] | None = None
     cached_tokens: int | None = None
 

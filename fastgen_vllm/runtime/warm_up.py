@@ -27,8 +27,9 @@ def _run(runtime: Runtime, goal: Goal) -> None:
     pool, name = runtime.pool, "warm-up"
     tokens = [0] * (8 * pool.block_size)
     driver = Driver(runtime)
-    driver.begin(name, tokens, RequestOverride())
-    runtime.prefills[name].profile = runtime.new_profile(tokens, goal, RequestOverride())
+    driver.begin(name, tokens, RequestOverride(fastgen_compress="always"))
+    prompt = runtime.prompt_tokens(runtime.config, tokens, RequestOverride())
+    runtime.prefills[name].profile = runtime.new_profile(prompt, goal)
     n = len(tokens)
     for num_tokens in (n, 1):
         step = driver.start_step({name: num_tokens})
@@ -38,7 +39,7 @@ def _run(runtime: Runtime, goal: Goal) -> None:
         for layer in range(pool.num_layers):
             output = torch.empty_like(query)
             runtime.forward(step, layer, query, key, key, output, shape[-1] ** -0.5)
-        driver.finish_step(step)
+        driver.finish_step(step, [name])
         driver.requests[name].tokens.append(0)
     page = pool.pages_of(torch.tensor([1], device=pool.kv.device))[0, 0]
     runtime.kernels.move_pages(pool, page, page)  # if all heads kept alike, none had to move

@@ -24,11 +24,13 @@ class Batch:
     Attributes:
         prompts: token ids.
         recovery: of the requests, where they do not take the engine's own goal.
+        compress: of the requests, where it is not the engine's setting.
     """
 
     prompts: Sequence[list[int]]
     max_tokens: int
     recovery: float | None = None
+    compress: str | None = None
 
 
 class ChildEngine(Child):
@@ -76,7 +78,8 @@ class Measured:
     """One batch, step by step."""
 
     def __init__(self, llm: Any, batch: Batch) -> None:
-        self.engine = llm.llm_engine
+        self.llm, self.engine = llm, llm.llm_engine
+        self.preemptions = -self._count_preemptions()
         self.num_requests = len(batch.prompts)
         self.produced: dict[str, int] = {}
         self.finished: dict[str, Any] = {}
@@ -89,7 +92,8 @@ class Measured:
     def _add(self, batch: Batch) -> None:
         from vllm import SamplingParams
 
-        extra = None if batch.recovery is None else {"fastgen_recovery": batch.recovery}
+        asked = {"fastgen_recovery": batch.recovery, "fastgen_compress": batch.compress}
+        extra = {name: value for name, value in asked.items() if value is not None}
         params = SamplingParams(
             temperature=0.0,
             max_tokens=batch.max_tokens,
@@ -104,6 +108,11 @@ class Measured:
     def run(self) -> None:
         while self.engine.has_unfinished_requests():
             self._step()
+        self.preemptions += self._count_preemptions()
+
+    def _count_preemptions(self) -> int:
+        found = [m.value for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions"]
+        return int(sum(found))
 
     def _step(self) -> None:
         all_decode = len(self.produced) == self.num_requests and not self.finished
@@ -126,9 +135,9 @@ class Measured:
         Returns:
             ``seconds`` and ``tokens`` (generated) in all; ``prefill_seconds`` until every request
             had its first token; ``decode_seconds`` and ``decode_tokens`` of the steps after that in
-            which all requests still ran; ``max_running``; ``rss_bytes``; ``kv_kept``, the mean
-            share; and for each request, in order, ``answers`` (token ids) and ``reports``
-            (FastGen's, or null).
+            which all requests still ran; ``max_running``; ``preemptions``; ``rss_bytes``;
+            ``kv_kept``, the mean share; and for each request, in order, ``answers`` (token ids) and
+            ``reports`` (FastGen's, or null).
         """
         outputs = [self.finished[name] for name in self.names]
         reports = [(o.kv_transfer_params or {}).get("fastgen") for o in outputs]
@@ -141,6 +150,7 @@ class Measured:
             "decode_seconds": self.decode_seconds,
             "decode_tokens": self.decode_tokens,
             "max_running": self.max_running,
+            "preemptions": self.preemptions,
             "rss_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
             "kv_kept": sum(kept) / len(kept) if kept else 1.0,
             "answers": [list(o.outputs[0].token_ids) for o in outputs],
@@ -156,7 +166,7 @@ def main() -> None:
     llm = None
     for job in jobs:
         if llm is None:
-            llm = LLM(**job)
+            llm = LLM(**job, disable_log_stats=False)  # preemptions are among vLLM's metrics
             jobs.answer("ready")
             continue
         llm.reset_prefix_cache()  # another turn's prompts are the same

@@ -22,6 +22,7 @@ from fastgen_vllm.policy.protect import SystemPrompts
 from fastgen_vllm.policy.tokens import token_classes
 from fastgen_vllm.profiler.profile import PromptProfile
 from fastgen_vllm.runtime.driver import Driver
+from fastgen_vllm.runtime.growth import Growth
 from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.step import Step
 from fastgen_vllm.tools.models import ModelShape
@@ -141,7 +142,8 @@ class Lab:
             own = self.driver.take(len(base.table))
             for ours, theirs in zip(own, base.table, strict=True):
                 storage[ours] = storage[theirs]
-            self.driver.adopt(variant.name, base.tokens, own, self.choices[variant.name])
+            choice, growth = self.choices[variant.name], self._growth(variant, base.tokens)
+            self.driver.adopt(variant.name, base.tokens, own, choice, growth)
         self.logits = self._first
 
     def decode(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -189,11 +191,18 @@ class Lab:
         plan, goal = config.plan_for(variant.goal), variant.goal
         return PromptProfile(config, plan, runtime.heads, prompt, runtime.pool.block_size, goal)
 
+    def _growth(self, variant: Variant, tokens: list[int]) -> Growth | None:
+        config, asked = variant.config, RequestOverride()
+        goal = config.growth_goal(asked)
+        if goal is None:
+            return None
+        prompt = self.runtime.prompt_tokens(config, tokens, asked)
+        return Growth(config.plan_for(goal), goal, config.compact_every, prompt)
+
     def _choose(self, variant: Variant, tokens: list[int], profiles: _Profiles) -> Choice:
-        if variant.goal.keeps_everything:
-            heads = self.runtime.heads
-            shape = (heads.num_layers, heads.num_kv_heads, len(tokens))
-            return Choice.everything(shape, self.runtime.pool.kv.device)
+        if variant.config.goal_for(len(tokens), RequestOverride()) is None:
+            growth = self._growth(variant, tokens)
+            return self.runtime.everything(len(tokens), growth)
         profile = self._profile(variant, tokens)
         gathered = profiles.by_key[self._profile_key(variant)]
         profile.mass, profile.value_norms = gathered.mass, gathered.value_norms

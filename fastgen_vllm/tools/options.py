@@ -94,7 +94,8 @@ EvalTasks = Annotated[
     typer.Option(
         "--task",
         help="A task: continuation, code, answers, retrieval, tools, instructions, chat or "
-        "few_shot. May be given several times. By default it is all of them.",
+        "few_shot; or generation, which takes long. May be given several times. By default it is "
+        "all but that.",
     ),
 ]
 Half = Annotated[

@@ -16,6 +16,7 @@ from vllm.v1.request import Request
 
 from fastgen_vllm.cache.head_tables import MOST_SHARED
 from fastgen_vllm.errors import FastGenConfigError
+from fastgen_vllm.policy.choice import Goal
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,14 +32,16 @@ class Prompt:
         num_tokens: with what was generated before a preemption.
         serves_others: its full blocks go into the prefix cache.
         targets: blocks that it is compacted into, so that its own stay as they are; 0 where they
-            may change, or where all of it is kept.
+            may change, or where all of it is kept for good.
         cached: tokens that it takes from the cache.
+        squeezed: what it is compacted to where blocks run short; None where it is not.
     """
 
     num_tokens: int
     serves_others: bool
     targets: int = 0
     cached: int = 0
+    squeezed: Goal | None = None
 
 
 class FastGenBlockManager(FullAttentionManager):
@@ -63,10 +66,15 @@ class FastGenBlockManager(FullAttentionManager):
         self.prompts: dict[str, Prompt] = {}
         self.targets: dict[str, list[KVCacheBlock]] = {}
         """Given, and not yet reported of."""
+        self.squeezing: dict[str, int] = {}
+        """Blocks that are to come from requests which are squeezed, until their report is read."""
+        self.reserve = 0
+        """Blocks that newcomers leave for those that decode, which would be squeezed for them. The
+        scheduler sets it."""
         self.most_cached_tokens = 0
-        """Prompts that begin in one step and are compressed take no more tokens from the cache
-        together, or are alone: their profiles take memory for all their tokens. The scheduler sets
-        it."""
+        """Prompts that begin in one step and are compressed, then or later, take no more tokens
+        from the cache together, or are alone: profiles take memory for all tokens of theirs. The
+        scheduler sets it."""
         self._cached_tokens = 0
         self._hashed: dict[str, set[int]] = {}
         self.is_planning = False
@@ -149,6 +157,8 @@ class FastGenBlockManager(FullAttentionManager):
         )
         if self._must_wait(request_id):
             return self.block_pool.num_gpu_blocks  # more than there can be
+        if not self.req_to_blocks.get(request_id):
+            num_blocks += self.reserve
         targets = self._num_targets(request_id, num_tokens)
         spare = self.block_pool.get_num_free_blocks() - num_blocks
         if targets and (targets <= spare or self._is_shared(request_id, new_computed_blocks)):
@@ -201,10 +211,11 @@ class FastGenBlockManager(FullAttentionManager):
     def _give_targets(self, request_id: str, count: int) -> None:
         if not count:
             return
-        if count <= self.block_pool.get_num_free_blocks():
+        is_shared = self._is_shared(request_id, ())
+        if count + self.reserve * (not is_shared) <= self.block_pool.get_num_free_blocks():
             self.targets[request_id] = self.block_pool.get_new_blocks(count)
             return
-        assert not self._is_shared(request_id, ()), f"{request_id} got too few blocks"
+        assert not is_shared, f"{request_id} got too few blocks"
         self.block_pool.evict_blocks(set(self.owned_blocks(request_id)))
         alone = replace(self.prompts[request_id], serves_others=False, targets=0)
         self.prompts[request_id] = alone
@@ -224,8 +235,8 @@ class FastGenBlockManager(FullAttentionManager):
         # Preempted after it was planned in the same step: what it was to compute never comes.
         if self.is_planning:
             self.block_pool.evict_blocks(self._hashed.pop(request_id, set()))
-        self.free_pages.pop(request_id, None)
-        self.prompts.pop(request_id, None)
+        for known in (self.free_pages, self.prompts, self.squeezing):
+            known.pop(request_id, None)
         self._left.append((self.step, request_id))
         targets = self.targets.pop(request_id, [])
         return [*super().pop_blocks_for_free(request_id), *targets]

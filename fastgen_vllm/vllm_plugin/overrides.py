@@ -65,14 +65,9 @@ def decodes(sampling_params: Any) -> bool:
     return sampling_params is None or sampling_params.max_tokens != 1
 
 
-def override_of(config: FastGenConfig, sampling_params: Any, prompt_tokens: int) -> RequestOverride:
-    """The request's override, or the engine's settings where it came in unchecked and is wrong.
-
-    Args:
-        prompt_tokens: of the prompt as it was sent. After a preemption the output so far counts
-            as prompt too, but what was kept whole stays whole.
-    """
-    if prompt_tokens < config.min_prompt_tokens or not decodes(sampling_params):
+def override_of(config: FastGenConfig, sampling_params: Any) -> RequestOverride:
+    """The request's override, or the engine's settings where it came in unchecked and is wrong."""
+    if not decodes(sampling_params):
         return KEEP_ALL
     try:
         return _read(config, sampling_params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -60,8 +61,10 @@ class FastGenSchedulerMixin(SchedulerBase):
         manager = self.block_manager
         manager.begin_step()
         manager.is_planning = True
+        manager.reserve = len(self._squeezable())
         output = super().schedule(*args, **kwargs)
         manager.is_planning = False
+        output.fastgen_squeeze = self._squeeze(output.num_scheduled_tokens)
         output.fastgen_step = manager.step
         output.fastgen_targets = {
             request_id: [block.block_id for block in blocks]
@@ -90,15 +93,72 @@ class FastGenSchedulerMixin(SchedulerBase):
     def _expected(self, request: Request, hit: int) -> Prompt:
         """What comes of a request whose first ``hit`` tokens are cached."""
         config, manager, n = self.config, self.block_manager, request.num_tokens
-        override = override_of(config, request.sampling_params, request.num_prompt_tokens)
-        goal, block_size = config.goal_for(n, override), manager.block_size
-        if goal is None:
+        override = override_of(config, request.sampling_params)
+        sent, block_size = request.num_prompt_tokens, manager.block_size
+        goal, later = config.goals_for(n, override, sent, sent + request.max_tokens)
+        if goal is None and later is None:
             return Prompt(n, True, cached=hit if hit // block_size <= manager.can_lend else 0)
-        needed = config.queries_looked_at(goal)
+        needed = 0 if goal is None else config.queries_looked_at(goal)
         if needed is None or not manager.enable_caching:
-            return Prompt(n, False)
+            return Prompt(n, False, squeezed=later)
         most = min(hit, max(0, n - needed) // block_size * block_size)
-        return Prompt(n, True, config.most_blocks(n, goal, override), most)
+        # What keeps all of its prompt for now has blocks of its own from then on.
+        targets = -(-n // block_size)
+        if goal is not None and not config.waits(override):
+            targets = config.most_blocks(n, goal, override)
+        return Prompt(n, True, targets, most, later)
+
+    def _squeezable(self) -> list[str]:
+        """Requests that decode and can be compacted further."""
+        manager = self.block_manager
+        return [r for r in manager.free_pages if manager.prompts[r].squeezed is not None]
+
+    def _squeeze(self, scheduled: dict[str, int]) -> list[str]:
+        """Requests to compact in the step that is planned, those that hold most first, so that the
+        next ones find blocks."""
+        manager = self.block_manager
+        able = [r for r in self._squeezable() if r in scheduled]
+        free = manager.block_pool.get_num_free_blocks() + sum(manager.squeezing.values())
+        needed, chosen = self._needed_soon() if able else 0, []
+        if free >= needed:
+            return []
+        for request_id in sorted(able, key=lambda r: -len(manager.owned_blocks(r))):
+            if free >= needed:
+                break
+            gain = self._gain(request_id)
+            if gain and request_id not in manager.squeezing:
+                manager.squeezing[request_id] = gain
+                chosen.append(request_id)
+                free += gain
+        return chosen
+
+    def _gain(self, request_id: str) -> int:
+        """Blocks that squeezing a request frees; 0 where that is not worth the while."""
+        manager, length = self.block_manager, self.requests[request_id].num_tokens
+        goal, kept = manager.prompts[request_id].squeezed, self.kept[request_id]
+        assert goal is not None
+        share = goal.with_protected(kept.protected_tokens / length).share_of(length)
+        if goal.least_recovery:
+            share = max(share, kept.budget or 0.0)
+        owned = len(manager.owned_blocks(request_id))
+        gain = owned - int(share * length) // manager.block_size - 2
+        if kept.last is None and kept.kept_slots == kept.total_slots:
+            return max(0, gain)  # it holds everything
+        has_grown = kept.last is None or 4 * length >= 5 * kept.last.num_tokens
+        return gain if has_grown and 4 * gain >= owned else 0
+
+    def _needed_soon(self) -> int:
+        """Blocks that may be asked for in the next steps: by whoever decodes one, by prompts that
+        are being encoded those of a step, and by the first that waits what it is admitted for."""
+        manager, most = self.block_manager, self.max_num_scheduled_tokens
+        prompts = [(r, manager.prompts.get(r.request_id)) for r in self.running]
+        encoding = [(r, p) for r, p in prompts if p and r.num_computed_tokens < p.num_tokens]
+        tokens = [min(most, p.num_tokens - r.num_computed_tokens) for r, p in encoding]
+        targets = sum(p.targets for _, p in encoding)
+        if self.waiting and len(self.running) < self.max_num_running_reqs:
+            first = self.waiting.peek_request().num_tokens
+            tokens.append(first if self.scheduler_reserve_full_isl else min(most, first))
+        return len(self.running) + targets + sum(-(-n // manager.block_size) for n in tokens)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         report = getattr(model_runner_output, "fastgen_report", None)
@@ -130,6 +190,11 @@ class FastGenSchedulerMixin(SchedulerBase):
             manager.free_pages[request_id] = report.free_pages[request_id] + since
             if request_id in report.kept:
                 self._remember(request_id, report.kept[request_id])
+            if request_id in report.kept_again:
+                manager.squeezing.pop(request_id, None)
+                before, last = self.kept[request_id], report.kept_again[request_id]
+                again = replace(before, compactions=before.compactions + 1, last=last)
+                self.kept[request_id] = again
         if self.debug and report.owned is not None:
             self._audit({r: [*report.owned[r], *given.get(r, ())] for r in alive})
 
@@ -175,6 +240,9 @@ def _summary(kept: Kept) -> dict[str, Any]:
         "kv_budget": kept.budget,
         "kv_recovery": kept.recovery,
         "protected_tokens": kept.protected_tokens,
+        "compactions": kept.compactions,
+        "kv_kept_last": None if kept.last is None else kept.last.ratio,
+        "compacted_at": None if kept.last is None else kept.last.num_tokens,
     }
 
 

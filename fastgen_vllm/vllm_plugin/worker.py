@@ -130,17 +130,18 @@ class FastGenWorkerMixin(WorkerBase):
         self.model_runner.fastgen_step = None
         output = super().execute_model(scheduler_output)
         step = self.model_runner.fastgen_step
-        self.pending = None if step is None else self._finish_step(step)
+        squeeze = scheduler_output.fastgen_squeeze
+        self.pending = None if step is None else self._finish_step(step, squeeze)
         if self.runtime.config.debug:
             self.hashed.check(scheduler_output.fastgen_hashed)
         return output
 
-    def _finish_step(self: Any, step: Step) -> PendingReport:
+    def _finish_step(self: Any, step: Step, squeeze: list[str]) -> PendingReport:
         requests = self.model_runner.requests
         chunks = [
             chunk for chunk in step.chunks if decodes(requests[chunk.request_id].sampling_params)
         ]
-        return self.runtime.finish_step(replace(step, chunks=chunks))
+        return self.runtime.finish_step(replace(step, chunks=chunks), squeeze)
 
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         output, pending = super().sample_tokens(grammar_output), self.pending
@@ -175,8 +176,10 @@ class FastGenWorkerMixin(WorkerBase):
         self: Any, request_id: str, tokens: list[int], prompt_tokens: int, sampling_params: Any
     ) -> None:
         config = self.runtime.config
-        override = override_of(config, sampling_params, prompt_tokens)
-        self.runtime.begin_prefill(request_id, tokens, override)
+        override = override_of(config, sampling_params)
+        most = None if sampling_params is None else sampling_params.max_tokens
+        longest = None if most is None else prompt_tokens + most
+        self.runtime.begin_prefill(request_id, tokens, override, prompt_tokens, longest)
 
 
 class _WithReport(AsyncModelRunnerOutput):

@@ -262,7 +262,7 @@ def test_a_long_generation_stays_in_its_room(heads: int) -> None:
     model = FakeModel(1, heads, 1, 32)
     num_tokens = 2 * MARGIN * BLOCK + 100
     kv = torch.zeros(num_tokens // BLOCK + 5, 1, heads, BLOCK, 64)
-    config = FastGenConfig(block_size=BLOCK, debug=True)
+    config = FastGenConfig(block_size=BLOCK, compact_every=0, debug=True)
     runtime = Runtime(config, torch.zeros(VOCAB, dtype=torch.uint8), kv, 1)
     driver, starts = Driver(runtime), set()
     driver.begin("a", [1] * BLOCK, RequestOverride())

@@ -158,7 +158,8 @@ def decode(
     dtype: torch.dtype,
     seed: int = 0,
 ) -> None:
-    """Every fifth slot is evicted and holds NaN; head 0 keeps scores, head 1 does not."""
+    """Every fifth slot is evicted and holds NaN; head 0 keeps scores, sums or, in every second row,
+    peaks, and head 1 does not."""
     torch.manual_seed(seed)
     width, num_rows, layer = -(-max(map(max, lengths)) // block_size) + 1, len(lengths) + 1, 1
     num_pages = 2 * len(lengths) * width + 1
@@ -177,6 +178,7 @@ def decode(
         torch.zeros(num_rows, dtype=torch.int32),
     )
     heads.rules.keeps_scores[..., 0] = True
+    heads.rules.decay[::2] = 0.9
     rows = torch.arange(len(lengths)).flip(0) + 1
     query = torch.randn(len(lengths), 2, group, head_size, dtype=dtype)
     free = iter(torch.randperm(num_pages - 1).add(1).tolist())
@@ -195,7 +197,10 @@ def decode(
             positions[own[slot // block_size], offset] = slot
             kv[own[slot // block_size], offset] = torch.randn(2 * head_size).to(dtype)
     before, output = pages.scores.clone(), torch.full_like(query, float("nan"))
-    kernels.decode_attention(query, pages, heads, _batch(rows, width - 1), layer, SCALE, output)
+    batch = _batch(rows, width - 1)
+    for n, of_heads in enumerate(lengths):
+        batch.num_tokens[n] = max(of_heads) + n
+    kernels.decode_attention(query, pages, heads, batch, layer, SCALE, output)
     untouched = torch.ones_like(before, dtype=torch.bool)
     for n, row in enumerate(rows.tolist()):
         for h in range(2):
@@ -204,10 +209,15 @@ def decode(
             key, value = kv[own].flatten(0, 1)[live].double().chunk(2, -1)
             expected = (query[n, h].double() @ key.T * SCALE).softmax(-1)
             close(output[n, h], expected @ value, dtype)
-            if h == 0:
-                added = (pages.scores - before)[own].flatten()[live]
-                close(added, expected.sum(0), dtype)
-                untouched[own] = ~(positions[own] >= 0)
+            if h:
+                continue
+            was, found = (scores[own].flatten()[live].double() for scores in (before, pages.scores))
+            if row % 2:
+                close(found - was, expected.sum(0), dtype)
+            else:
+                is_far = int(batch.num_tokens[n]) - 1 - positions[own].flatten()[live] >= 32
+                close(found, torch.maximum(0.9 * was, is_far * expected.sum(0)), dtype)
+            untouched[own] = False
     assert torch.equal(pages.scores[untouched], before[untouched])
 
 
@@ -218,12 +228,12 @@ def _batch(rows: torch.Tensor, max_pages: int) -> DecodeBatch:
 
 
 RULES = [
-    # sticky kinds, frequent, local, least window, keeps scores, averages
-    (0b0000_0001, 0, 0, 1, False, False),
-    (0b0000_0011, 500, 0, 12, True, True),
-    (0b1000_0000, 300, 300, 1, True, False),
-    (0b0000_0110, 0, 700, 20, False, True),
-    (0b00, 0, 0, UNBOUNDED, False, False),
+    # sticky kinds, frequent, local, least window, keeps scores, averages, decay
+    (0b0000_0001, 0, 0, 1, False, False, 0.0),
+    (0b0000_0011, 500, 0, 12, True, True, 0.0),
+    (0b1000_0000, 300, 300, 1, True, False, 0.9),
+    (0b0000_0110, 0, 700, 20, False, True, 0.0),
+    (0b00, 0, 0, UNBOUNDED, False, False, 0.0),
 ]
 """Some that evict always, some by score, and one that never does."""
 

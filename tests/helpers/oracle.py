@@ -119,6 +119,10 @@ class Oracle(ABC, Generic[Profile]):
     def keeps_scores(self, rung: Rung) -> bool:
         return bool(rung.frequent)
 
+    def receive(self, scores: np.ndarray, attention: np.ndarray) -> None:
+        """Enter a step's attention, float64 ``[t]``, in a head's scores, in place."""
+        scores += attention
+
     def _attend(
         self, module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +220,7 @@ class Oracle(ABC, Generic[Profile]):
                 probs = self.probs[layer].view(self.heads, self.group, -1).sum(1).double().numpy()
                 for head in range(self.heads):
                     if self.keeps_scores(heads.rungs[layer][head]):
-                        heads.scores[layer][head] += probs[head]
+                        self.receive(heads.scores[layer][head], probs[head])
 
     def _visible(
         self,

@@ -29,7 +29,8 @@ class PeaksSettings:
         sinks, least_window: the first and the last tokens, which always stay.
         generated: while decoding the last so many stay. In the oracle's engines they are few, so
             that heads evict.
-        seed: times its rank, where a slot's score begins.
+        decay, distance: while decoding a slot's score, which begins with its rank, fades by this
+            factor with every token, and rises to the attention of a query so many tokens later.
         evicts: whether heads evict while decoding, or keep all that is generated.
     """
 
@@ -42,7 +43,8 @@ class PeaksSettings:
     sinks: int = 4
     least_window: int = 32
     generated: int = 32
-    seed: float = 4.0
+    decay: float = 0.99
+    distance: int = 32
     evicts: bool = True
 
 
@@ -58,6 +60,10 @@ class PeaksOracle(Oracle[Ranks]):
 
     def keeps_scores(self, rung: Rung) -> bool:
         return rung is not FULL
+
+    def receive(self, scores: np.ndarray, attention: np.ndarray) -> None:
+        far = np.arange(len(scores)) <= len(scores) - 1 - self.settings.distance
+        scores[:] = np.maximum(self.settings.decay * scores, attention * far)
 
     def profile(
         self, prompt: list[int], attention: list[torch.Tensor], norms: list[torch.Tensor]
@@ -114,10 +120,7 @@ class PeaksOracle(Oracle[Ranks]):
             ]
             for layer in zip(kept, chosen, strict=True)
         ]
-        scores = [
-            [np.where(np.isinf(ranks), 0.0, self.settings.seed * ranks) for ranks in layer]
-            for layer in order
-        ]
+        scores = [[np.where(np.isinf(ranks), 0.0, ranks) for ranks in layer] for layer in order]
         found = Heads(rungs, kept, scores, competing)
         for layer, ranks in enumerate(order):
             self._check_layer(trace, layer, found, ranks, verdict)

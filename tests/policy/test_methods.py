@@ -1,6 +1,7 @@
 """Each method of the literature is what its paper defines, not just so many keys."""
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from helpers.observed import random_observed
 
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import UNBOUNDED
-from fastgen_vllm.policy.choice import Choice, Goal, PromptStats, with_sinks
+from fastgen_vllm.policy.choice import Choice, Goal, PromptStats, SlotStats, with_sinks
 from fastgen_vllm.policy.methods import METHODS
 from fastgen_vllm.policy.methods.adakv import SAFEGUARD
 from fastgen_vllm.policy.methods.pyramidkv import BETA
@@ -244,6 +245,67 @@ def test_peaks_go_on_with_each_heads_share() -> None:
     assert (shares >= torch.where(full, 0, frequent)).all() and (shares <= frequent + 1).all()
     assert choice.sticky[..., :4].all() and not choice.sticky[..., 4:].any()
     assert (choice.scores[choice.kept & ~choice.sticky] >= 0).all()
+
+
+@pytest.mark.parametrize("room", [3, 20, 61, 200])
+@pytest.mark.parametrize("n", [100, 333])
+def test_a_request_that_has_grown_is_chosen_from_by_its_scores(n: int, room: int) -> None:
+    """Against plain loops: heads of different lengths, slots in any order, some of them sticky."""
+    generator = torch.Generator().manual_seed(n + room)
+    config = FastGenConfig(kv_budget=0.3)
+    plan = config.plan_for(config.goal)
+    lengths = torch.randint(40, n + 1, (LAYERS, HEADS), generator=generator)
+    lengths[0, 0] = n
+    positions = torch.full((LAYERS, HEADS, n + 9), -1, dtype=torch.int32)
+    scores = torch.rand(LAYERS, HEADS, n + 9, generator=generator)
+    scores[:, 1] *= 10
+    for at in product(range(LAYERS), range(HEADS)):
+        held = {*range(4), *range(n - 32, n)}
+        rest = torch.randperm(n - 36, generator=generator)[: int(lengths[at]) - 36] + 4
+        order = torch.tensor([*held, *rest.tolist()])
+        positions[at][: len(order)] = order[torch.randperm(len(order), generator=generator)]
+        scores[at][(positions[at] >= 0) & (positions[at] < 4)] = float("inf")
+    slots = SlotStats(lengths, positions, scores, n, PAGE)
+    assert plan.method.choose_again is not None
+    rules, kept = plan.method.choose_again(plan.ladder, slots, room)
+    assert kept.shape == scores.shape and not (kept & ~slots.in_use).any()
+    wanted, order_of = {}, {}
+    for at in product(range(LAYERS), range(HEADS)):
+        own = again_ranks(slots, at)
+        order_of[at] = sorted(own, key=lambda j: -own[j])
+        wanted[at] = sum(rank == float("inf") for rank in own.values())
+    best = sorted(
+        ((again_ranks(slots, at)[j], at) for at, own in order_of.items() for j in own),
+        reverse=True,
+        key=lambda each: each[0],
+    )
+    for rank, at in best:
+        if rank == float("inf"):
+            continue
+        more = wanted | {at: wanted[at] + 1}
+        if sum(-(-count // PAGE) for count in more.values()) > room:
+            break
+        wanted = more
+    for at, count in wanted.items():
+        filled = min(-(-count // PAGE) * PAGE, int(lengths[at]))
+        assert set(kept[at].nonzero().flatten().tolist()) == set(order_of[at][:filled]), at
+        full = filled == n
+        assert (int(rules.least_window[at]) == UNBOUNDED) == full
+    fits = sum(-(-count // PAGE) for count in wanted.values())
+    assert fits <= room or all(count == 36 for count in wanted.values())
+
+
+def again_ranks(slots: SlotStats, at: tuple[int, int]) -> dict[int, float]:
+    """Of each slot in use of one head."""
+    scores = slots.scores[at].tolist()[: int(slots.lengths[at])]
+    own = [0.0 if score == float("inf") else score for score in scores]
+    is_new = slots.positions[at] >= slots.num_tokens - 32
+    return {
+        j: float("inf")
+        if is_new[j] or scores[j] == float("inf")
+        else own[j] + 0.1 * max(own[max(0, j - 64) : j + 5])
+        for j in range(len(own))
+    }
 
 
 def test_no_two_methods_are_the_same() -> None:

@@ -222,3 +222,36 @@ def test_only_heads_that_can_grow_hold_pages_back(lag: int) -> None:
     budgets = tables.state.num_sticky[row] + computed // 10 + 1
     tables.state.lengths[row] = -(-budgets // BLOCK) * BLOCK
     assert int(tables.free_pages(["a"], seen, lag)) == held, "at its budget a head takes no page"
+
+
+GROWTHS = [(300, 5000), (50, 2000)]
+
+
+@pytest.mark.parametrize(("prompt", "generated"), GROWTHS)
+def test_memory_of_a_long_generation(prompt: int, generated: int) -> None:
+    """Slots in use are never more than the budget of the length, what has grown since the last
+    compaction, and a block a head; blocks are not many more."""
+    block, every = 16, 256
+    config = FastGenConfig(kv_budget=0.25, compact_every=every, debug=True)
+    kv = torch.zeros(200, LAYERS, HEADS, block, 2 * SIZE)
+    runtime = Runtime(config, CLASSES, kv, GROUP)
+    driver, model = Driver(runtime), FakeModel(LAYERS, HEADS, GROUP, SIZE)
+    tokens = [VOCAB - 1] * (prompt + generated)  # of no class
+    driver.begin("a", tokens[:prompt], RequestOverride())
+    driver.requests["a"].tokens = tokens
+    last, compactions, row = prompt, 0, None
+    for length in range(prompt, prompt + generated):
+        count = prompt if length == prompt else 1
+        _, report = run_step(driver, model, {"a": 1}, {"a": count})
+        model._made.clear()
+        row = runtime.tables.rows["a"]
+        if report.kept_again:
+            compactions, last = compactions + 1, length
+            assert report.kept_again["a"].ratio <= max(0.25, 256 / length) + 16 / length
+        share = max(0.25, 256 / length) if length >= 256 + every * (prompt < 256) else 1.0
+        slots = int(runtime.tables.state.lengths[row].sum()) / (LAYERS * HEADS)
+        assert slots <= min(length, share * length + length - last + block), length
+        assert len(runtime.tables.blocks["a"]) <= -(-slots // block) + 3
+    assert compactions == (prompt + generated - 1 - max(prompt, 256)) // every
+    driver.end("a")
+    assert len(driver.free) == 199

@@ -37,6 +37,7 @@ def figures(seconds: float, decode_tokens: int) -> dict[str, Any]:
         "decode_seconds": seconds / 2,
         "decode_tokens": decode_tokens,
         "max_running": int(seconds),
+        "preemptions": int(seconds) // 2,
         "rss_bytes": int(seconds) << 20,
         "kv_kept": 0.5,
     }
@@ -50,13 +51,14 @@ def test_summary_is_of_medians() -> None:
     assert lines["stock"]["spread"]["total_s"] == [2.0, 6.0]
     assert lines["stock"]["decode_tokens_per_s"] == 20
     assert lines["FastGen"]["ratio"] == {"tokens_per_s": 2.0, "prefill_s": 0.5, "rss_mib": 1.5}
+    assert lines["stock"]["preemptions"] == 1
     assert lines["FastGen"]["max_running"] == 9 and lines["FastGen"]["kv_kept"] == 0.5
 
 
 @pytest.mark.engine
 def test_tiny_bench(model: str, tmp_path: Path) -> None:
     """Two scenarios in one scarce memory, so that one pair of engines is started."""
-    plan = Plan((), (Scenario("two", 100, 2, 8), Scenario("six", 400, 6, 8)), (), rounds=1)
+    plan = Plan(scarce=(Scenario("two", 100, 2, 8), Scenario("six", 400, 6, 8)))
     results = run_bench(bench_of(model, plan))
     two, six = results["scarce"]["scenarios"]
     for scenario in (two, six):

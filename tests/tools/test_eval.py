@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.policy.methods import EVAL_ONLY
 from fastgen_vllm.tools.cli import app
+from fastgen_vllm.tools.eval import natural
 from fastgen_vllm.tools.eval.chats import INSTRUCTIONS, well_formed
-from fastgen_vllm.tools.eval.compare import run_eval, variants
+from fastgen_vllm.tools.eval.compare import COUNTS, run_eval, variants
 from fastgen_vllm.tools.eval.functions import FUNCTIONS
 from fastgen_vllm.tools.eval.material import Item, Load
 from fastgen_vllm.tools.eval.report import FIGURES, Summary, chart, markdown
@@ -98,7 +99,7 @@ def test_methods_see_the_model(model: str) -> None:
 @pytest.mark.engine
 def test_tiny_eval(model: str, tmp_path: Path) -> None:
     compared = variants(["h2o", "snapkv"], [0.4], [0.95], {"least_window": 16})
-    load = Load((256,), dict.fromkeys(TASKS, 1) | {"answers": 2})
+    load = Load((256,), dict.fromkeys(COUNTS, 1) | {"answers": 2})
     results = run_eval(model, TEXTS, load, compared, {"least_window": 16})
     summary = Summary(results)
     methods = [v["method"] for v in results["variants"]]
@@ -107,7 +108,7 @@ def test_tiny_eval(model: str, tmp_path: Path) -> None:
         *("adaptive ladder", "paper's ladder"),
     ]
     found = {figure.title: values for figure, values in summary.figures()}
-    assert len(found) == len(FIGURES)
+    assert len(found) == sum(figure.task in COUNTS for figure in FIGURES)
     for title, values in found.items():
         assert values.shape[1] == len(methods)
         if title.endswith((": KL", ": loss")):
@@ -122,6 +123,24 @@ def test_tiny_eval(model: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+def test_a_long_generation(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short prompt is kept whole until it has grown; then it has the budget of its length."""
+    monkeypatch.setattr(natural, "GENERATED", 200)
+    own = {"min_prompt_tokens": 60, "compact_every": 40, "decode_window": 40}
+    compared = variants(["h2o"], [0.3], [], own)
+    results = run_eval(model, TEXTS, Load((50,), {"generation": 2}), compared, own)
+    summary = Summary(results)
+    found = {figure.name: values for figure, values in summary.figures()}
+    assert set(found) == {"held", "kl", "loss_1", "loss_2", "loss_3", "loss_4"}
+    full, ours, *_, peer = found["held"].mean(0).tolist()
+    assert full == 1.0 and 0.4 < ours < 0.8 and 0.3 < peer < 0.4
+    assert summary.slots[1] == 1.0, "the prompt is short"
+    assert found["loss_1"][:, 1].abs().max() < 1e-5 < found["loss_4"][:, 1].abs().max()
+    assert "| generation: share held |" in markdown(results)
+    chart(results, tmp_path / "chart.png")
+
+
+@pytest.mark.engine
 def test_tasks_ask_what_they_say(model: str) -> None:
     tokenizer = load_tokenizer(model)
     halves: list[list[Item]] = [
@@ -132,8 +151,9 @@ def test_tasks_ask_what_they_say(model: str) -> None:
         text = tokenizer.decode(item.prompt)
         assert item.task == other.task and item.prompt != other.prompt
         assert 280 < len(item.prompt) < 900, (item.task, len(item.prompt))
-        if item.task in ("continuation", "code"):
-            assert len(item.prompt) == 512 and len(item.target) == 64
+        if item.task in ("continuation", "code", "generation"):
+            long = item.task == "generation"
+            assert len(item.prompt) == 512 and len(item.target) == (2000 if long else 64)
             continue
         assert not item.target
         hangul = any("가" <= char <= "힣" for char in text)

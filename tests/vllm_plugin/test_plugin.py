@@ -298,7 +298,7 @@ def test_wrong_override_that_was_not_checked_is_left_out(
     """As where a request is handed to the engine past its input processor."""
     params = SamplingParams(extra_args=extra_args)
     for _ in range(2):
-        found = overrides.override_of(FastGenConfig.from_dict(config), params, 500)
+        found = overrides.override_of(FastGenConfig.from_dict(config), params)
         assert found == RequestOverride()
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "vllm.fastgen"]
     assert "takes the engine's settings" in warning and "request.fastgen_recovery" in warning

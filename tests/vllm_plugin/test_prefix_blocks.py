@@ -24,7 +24,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from fastgen_vllm.runtime.report import Kept, StepReport
+from fastgen_vllm.runtime.report import Kept, KeptAgain, StepReport
 from fastgen_vllm.vllm_plugin.block_manager import FastGenSpec
 from fastgen_vllm.vllm_plugin.overrides import override_of
 from fastgen_vllm.vllm_plugin.scheduler import FastGenScheduler
@@ -160,6 +160,8 @@ class Lives(RuleBasedStateMachine):
             if name in self.past_prompt:
                 some = 0 if name in self.whole else data.draw(st.integers(0, 2 * PAGES))
                 report.free_pages[name] = some
+                if name not in {*ended, *self.whole} and not data.draw(st.integers(0, 5)):
+                    self.compact_again(name, report, data)
         report.owned = {name: self.past_prompt[name] for name in report.free_pages}
         tokens = [[7] if name in ended else [] for name in names]
         if not data.draw(st.integers(0, 9)):
@@ -203,8 +205,8 @@ class Lives(RuleBasedStateMachine):
 
     def shrinks(self, request: Request) -> bool:
         config, sampling = self.scheduler.config, request.sampling_params
-        override = override_of(config, sampling, request.num_prompt_tokens)
-        return config.goal_for(request.num_tokens, override) is not None
+        override = override_of(config, sampling)
+        return config.goal_for(request.num_tokens, override, request.num_prompt_tokens) is not None
 
     def end_prompt(
         self, name: str, request: Request, plan: Any, report: StepReport, data: st.DataObject | Ones
@@ -215,7 +217,8 @@ class Lives(RuleBasedStateMachine):
         own = [b.block_id for b in manager.req_to_blocks[name]]
         targets = plan.fastgen_targets.get(name)
         kept = own
-        if not self.shrinks(request):
+        self.whole.discard(name)  # in an earlier life
+        if not self.shrinks(request) and targets is None:
             self.whole.add(name)
         else:
             room = own if targets is None else targets
@@ -226,6 +229,13 @@ class Lives(RuleBasedStateMachine):
         report.vacated[name] = gone
         report.kept[name] = Kept(1, 2, len(gone), {})
         self.past_prompt[name] = list(kept)
+
+    def compact_again(self, name: str, report: StepReport, data: st.DataObject | Ones) -> None:
+        """A request that has grown gives some of its blocks back."""
+        own = self.past_prompt[name]
+        kept = own[: data.draw(st.integers(1, len(own)))]
+        report.vacated[name], report.kept_again[name] = own[len(kept) :], KeptAgain(0.5, 9)
+        self.past_prompt[name] = kept
 
     @precondition(lambda self: self.scheduler.requests)
     @rule(data=st.data())

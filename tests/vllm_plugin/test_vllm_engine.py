@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,9 @@ def test_one_token_is_not_worth_compressing(
     prompt, begin_prefill = english(1200, "naming"), engine.runtime.begin_prefill
     profiled: list[bool] = []
 
-    def begin(request_id: str, tokens: list[int], override: RequestOverride) -> None:
-        profiled.append(override.fastgen_compress)
-        begin_prefill(request_id, tokens, override)
+    def begin(request_id: str, tokens: list[int], override: RequestOverride, *lengths: int) -> None:
+        profiled.append(override.fastgen_compress is True)
+        begin_prefill(request_id, tokens, override, *lengths)
 
     monkeypatch.setattr(engine.runtime, "begin_prefill", begin)
 
@@ -217,6 +218,83 @@ def test_a_request_keeps_what_its_recovery_needs(engine: Engine) -> None:
     assert bare["kv_budget"] == 0.1 and bare["kv_recovery"] < 0.8
     assert needed["kv_recovery"] >= 0.9 and needed["kv_budget"] > 0.15
     assert needed["kv_kept_ratio"] > bare["kv_kept_ratio"]
+
+
+@pytest.mark.engine
+def test_requests_are_compacted_again_while_they_grow(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short prompts join when they have grown. Reports that are read late and what runs beside
+    change nothing, and a request that has its own budget keeps it."""
+    settings = {"compact_every": 40, "min_prompt_tokens": 60}
+    config = engine.runtime.config.model_copy(update=settings)
+    monkeypatch.setattr(engine.runtime, "config", config)
+    monkeypatch.setattr(engine.scheduler, "config", config)
+    prompts = [english(size, "specialnames", 9 * size) for size in (100, 700, 1400)]
+
+    def run(names: list[str]) -> list[Finished]:
+        done = engine.run(trace=True)
+        return [done[name] for name in names]
+
+    def add(prompt: str, budget: float = 0.25) -> str:
+        extra = {"fastgen_kv_budget": budget}
+        return engine.add(prompt, max_tokens=110, ignore_eos=True, extra_args=extra)
+
+    alone = [run([add(prompt)])[0] for prompt in prompts]
+    for result in alone:
+        n = len(result.prompt)
+        # The last token is not encoded.
+        assert result.info["compactions"] == (n + 109 - max(n, 60)) // 40
+        assert result.info["kv_kept_last"] <= max(0.25, 60 / (n + 70)) + 0.05
+        sizes = [sum(len(head) for layer in kept for head in layer) for kept in result.kept]
+        assert sum(after < before for before, after in pairwise(sizes)) >= 2
+    free = engine.free_blocks()
+    for lag in (0, 1, 2):
+        with monkeypatch.context() as late:
+            engine.read_reports_late(lag, late)
+            together = run([add(prompt) for prompt in prompts])
+        for ours, theirs in zip(together, alone, strict=True):
+            assert ours.output == theirs.output and ours.kept == theirs.kept
+            assert ours.info["kv_kept_last"] == theirs.info["kv_kept_last"]
+    assert engine.free_blocks() == free
+    (whole,) = run([add(prompts[1], 1.0)])
+    assert whole.info["compactions"] == 0 and whole.info["kv_kept_last"] is None
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("lag", [0, 1])
+def test_requests_are_squeezed_instead_of_preempted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
+    """Under ``pressure`` everything is kept while memory suffices, and answers are those of the
+    full cache; then what holds most is compacted, and hardly anybody is preempted."""
+    prompts = [english(260, "specialnames", 1100 * i) for i in range(10)]
+    preemptions: list[int] = []
+
+    def run(compress: Any) -> dict[str, Finished]:
+        extra = {"fastgen_compress": compress, "fastgen_kv_budget": 0.3}
+        names = [engine.add(p, max_tokens=90, ignore_eos=True, extra_args=extra) for p in prompts]
+        before, done = engine.num_preemptions, engine.run()
+        preemptions.append(engine.num_preemptions - before)
+        return {p: done[name] for p, name in zip(prompts, names, strict=True)}
+
+    whole, unpressed = run(False), run("pressure")
+    for prompt in prompts:
+        assert unpressed[prompt].output == whole[prompt].output
+        assert unpressed[prompt].info["compactions"] == 0
+    free = engine.free_blocks()
+    engine.read_reports_late(lag, monkeypatch)
+    with engine.limited_to(45):
+        run(False)
+        squeezed = run("pressure")
+    assert engine.free_blocks() == free
+    assert preemptions[:2] == [0, 0]
+    assert preemptions[2] >= 4, "not enough pressure for preemptions"
+    assert 10 * preemptions[3] <= preemptions[2]
+    compacted = [r.info for r in squeezed.values() if r.info["compactions"]]
+    assert len(compacted) > 3
+    for info in compacted:
+        assert info["kv_kept_last"] < 0.7 and info["compacted_at"] > 50
 
 
 @pytest.mark.engine

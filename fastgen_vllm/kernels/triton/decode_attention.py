@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgen_vllm.kernels.contract import DecodeBatch, HeadState, Pages
+from fastgen_vllm.kernels.contract import PEAK_DISTANCE, DecodeBatch, HeadState, Pages
 from fastgen_vllm.kernels.triton.common import INTERPRETED, LOG2_E, product
 from fastgen_vllm.tensors import LOGITS_BYTES
 
@@ -114,6 +114,8 @@ def merge_kernel(
     table_start,
     lengths,
     keeps_scores,
+    decays,
+    num_tokens,
     scores,
     logits,
     partial,
@@ -139,6 +141,7 @@ def merge_kernel(
     SPLITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    PEAK_DISTANCE: tl.constexpr,
 ):
     index, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n, head = index // heads, index % heads
@@ -176,18 +179,22 @@ def merge_kernel(
     if tl.load(keeps_scores + row * stride_kr + head * stride_kh) != 0:
         table = page_table + tl.load(table_start + row * stride_sr + head * stride_sh)
         last = tl.minimum(first + split_slots, length)
+        decay = tl.load(decays + row * stride_kr + head * stride_kh)
+        far = tl.load(num_tokens + n) - PEAK_DISTANCE
         for start in range(first, last, TILE):
             slot = start + tl.arange(0, TILE)
             in_use = slot < last
             page = tl.load(table + slot // BLOCK_SIZE, mask=in_use, other=0).to(tl.int64)
             at = page * BLOCK_SIZE + slot % BLOCK_SIZE
-            live = tl.load(positions + at, mask=in_use, other=-1) >= 0
+            position = tl.load(positions + at, mask=in_use, other=-1)
+            live = position >= 0
             left = logits + (index * max_slots + slot[:, None]) * G + group[None, :]
             mask = live[:, None] & (group < G)[None, :]
             logit = tl.load(left, mask=mask, other=float("-inf"))
             received = tl.sum(tl.exp2(logit - merged[None, :]), 1)
             before = tl.load(scores + at, mask=live, other=0.0)
-            tl.store(scores + at, before + received, mask=live)
+            peak = tl.maximum(before * decay, tl.where(position < far, received, 0.0))
+            tl.store(scores + at, tl.where(decay > 0, peak, before + received), mask=live)
 
 
 def split_size(programs: int, max_slots: int, tile: int, device: torch.device) -> int:
@@ -212,7 +219,8 @@ class FirstPass:
 
     Attributes:
         rows: int64 ``[N]``.
-        table_start, lengths, keeps_scores: ``[R, H]``, of the layer.
+        table_start, lengths, keeps_scores, decay: ``[R, H]``, of the layer.
+        num_tokens: int64 ``[N]``.
         logits: float32 ``[N, H, max_slots, G]``, base 2, written for heads that keep scores.
         partial: float32 ``[N, H, splits, G, D]``, written.
         partial_lse: float32 ``[N, H, splits, G]``, base 2, written.
@@ -226,6 +234,8 @@ class FirstPass:
     table_start: torch.Tensor
     lengths: torch.Tensor
     keeps_scores: torch.Tensor
+    decay: torch.Tensor
+    num_tokens: torch.Tensor
     logits: torch.Tensor
     partial: torch.Tensor
     partial_lse: torch.Tensor
@@ -300,6 +310,8 @@ def merge(p: FirstPass, output: torch.Tensor) -> None:
         p.table_start,
         p.lengths,
         p.keeps_scores,
+        p.decay,
+        p.num_tokens,
         p.pages.scores,
         p.logits,
         p.partial,
@@ -310,6 +322,7 @@ def merge(p: FirstPass, output: torch.Tensor) -> None:
         *p.strides,
         G_PAD=triton.next_power_of_2(p.query.shape[2]),
         SPLITS=16,
+        PEAK_DISTANCE=PEAK_DISTANCE,
         **p.constants,
     )
 
@@ -347,6 +360,8 @@ def decode_in_parts(
             heads.table_start[:, layer],
             heads.lengths[:, layer],
             heads.rules.keeps_scores[:, layer],
+            heads.rules.decay[:, layer],
+            batch.num_tokens[part],
             scratch(count, num_heads, max_slots, group),
             scratch(count, num_heads, splits, group, head_size),
             scratch(count, num_heads, splits, group),

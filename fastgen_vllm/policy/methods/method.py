@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgen_vllm.policy.choice import Choice, Goal, Profiling, PromptStats
+from fastgen_vllm.kernels.contract import HeadRules
+from fastgen_vllm.policy.choice import Choice, Goal, Profiling, PromptStats, SlotStats
 from fastgen_vllm.policy.hybrids import FULL, Hybrid, Ladder
 from fastgen_vllm.tensors import RATIO_UNIT
 
@@ -29,6 +30,9 @@ class Method:
         hybrids: the ladder for a budget, ``full`` last. Heads that are not full evict while
             decoding, as their hybrid says.
         needs_model: it looks at ``PromptStats.observed``, which ``fastgen eval`` alone gathers.
+        choose_again: of a request that has grown, the heads' numbers and what they keep, bool
+            ``[L, H, S]``, in so many pages; None where requests are compacted once.
+        decay: of slots' scores while decoding; 0 where they are sums.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Method:
     choose: Callable[[Ladder, PromptStats, Goal], Choice]
     hybrids: Callable[[float], tuple[Hybrid, ...]] = full_only
     needs_model: bool = False
+    choose_again: Callable[[Ladder, SlotStats, int], tuple[HeadRules, torch.Tensor]] | None = None
+    decay: float = 0.0
 
 
 def as_ratio(share: float) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from fastgen_vllm.kernels.contract import UNBOUNDED, HeadRules
-from fastgen_vllm.policy.choice import Choice, Goal, Profiling, PromptStats, pages_within
+from fastgen_vllm.policy.choice import Choice, Goal, Profiling, PromptStats, SlotStats, pages_within
 from fastgen_vllm.policy.hybrids import FULL, Hybrid, Ladder
 from fastgen_vllm.policy.methods.method import Method, highest_of_each
 from fastgen_vllm.tensors import RATIO_UNIT, layers_at_once
@@ -15,8 +15,9 @@ POOL_WEIGHT, POOL_BEFORE, POOL_AFTER = 0.1, 64, 4
 """What follows an important key is read next: a key ranks higher for the best of the 64 before it
 and of the 4 after it."""
 
-SEED = 4.0
-"""Slots go on while decoding with so many times their rank, in units of queries."""
+DECAY = 0.99
+"""While decoding a slot's score is such a peak too, which fades by this factor with every token; it
+begins with the rank."""
 
 
 def hybrids(budget: float) -> tuple[Hybrid, ...]:
@@ -28,11 +29,15 @@ def ranks(stats: PromptStats) -> torch.Tensor:
     found = torch.empty_like(stats.scores)
     for layers in layers_at_once(found):
         norms = stats.value_norms[layers]
-        own = stats.scores[layers] * norms / norms.mean(-1, keepdim=True)
-        around = torch.nn.functional.pad(own, (POOL_BEFORE, POOL_AFTER))
-        best = torch.nn.functional.max_pool1d(around, POOL_BEFORE + 1 + POOL_AFTER, 1)
-        found[layers] = own + POOL_WEIGHT * best
+        found[layers] = _pooled(stats.scores[layers] * norms / norms.mean(-1, keepdim=True))
     return found
+
+
+def _pooled(own: torch.Tensor) -> torch.Tensor:
+    """``own`` ``[..., n]`` and a share of the best around each."""
+    around = torch.nn.functional.pad(own, (POOL_BEFORE, POOL_AFTER))
+    best = torch.nn.functional.max_pool1d(around, POOL_BEFORE + 1 + POOL_AFTER, 1)
+    return own + POOL_WEIGHT * best
 
 
 def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
@@ -58,7 +63,27 @@ def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
     # A head of which nothing was chosen is local, though its last page is filled.
     frequent = (kept & ~always).sum(-1) * (chosen > always.sum())
     rules = _rules(ladder, frequent, counts >= n, n)
-    return Choice(rules, kept, sticky, SEED * score, recovery)
+    return Choice(rules, kept, sticky, score, recovery)
+
+
+def choose_again(ladder: Ladder, slots: SlotStats, room: int) -> tuple[HeadRules, torch.Tensor]:
+    """As ``choose``, among the slots of a request that has grown, by their scores. Sticky tokens
+    always stay."""
+    in_use, n, page = slots.in_use, slots.num_tokens, slots.page_size
+    sticky = slots.scores.isinf()
+    always = (sticky | (slots.positions >= n - ladder.least_window)) & in_use
+    rank = torch.empty_like(slots.scores)
+    for layers in layers_at_once(rank):
+        is_known = in_use[layers] & ~sticky[layers]
+        rank[layers] = _pooled(slots.scores[layers].masked_fill(~is_known, 0.0))
+    rank.masked_fill_(always, float("inf")).masked_fill_(~in_use, -1.0)
+    chosen = torch.minimum(_counts(rank, page, room), slots.lengths)
+    filled = torch.minimum(-(-chosen // page) * page, slots.lengths)
+    kept = torch.empty_like(always)
+    for layers in layers_at_once(kept):
+        kept[layers] = highest_of_each(rank[layers], filled[layers])
+    frequent = (kept & ~always).sum(-1) * (chosen > always.sum(-1))
+    return _rules(ladder, frequent, kept.sum(-1) >= n, n), kept
 
 
 def _recovery(stats: PromptStats, kept: torch.Tensor) -> torch.Tensor:
@@ -113,5 +138,11 @@ def _rules(ladder: Ladder, frequent: torch.Tensor, full: torch.Tensor, n: int) -
 
 
 PEAKS = Method(
-    "fastgen", "this project", Profiling("end", 32, 1, 32, 4, True, True, 256), choose, hybrids
+    "fastgen",
+    "this project",
+    Profiling("end", 32, 1, 32, 4, True, True, 256),
+    choose,
+    hybrids,
+    choose_again=choose_again,
+    decay=DECAY,
 )

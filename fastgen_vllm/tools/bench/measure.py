@@ -23,11 +23,15 @@ from fastgen_vllm.tools.texts import natural_text
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a scenario: an engine, and the recovery its requests ask for, if any."""
+    """One line of a scenario: an engine, and what its requests ask for, if anything."""
 
     name: str
     engine: str
     recovery: float | None = None
+    compress: str | None = None
+
+    def batch(self, prompts: list[list[int]], max_tokens: int) -> Batch:
+        return Batch(prompts, max_tokens, self.recovery, self.compress)
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,15 @@ class Scenario:
 @dataclass(frozen=True)
 class Plan:
     """What is measured: ``ample`` with memory for all requests, ``scarce`` with a quarter of it,
-    and ``shared`` with either, and with prefix caching."""
+    ``shared`` with either, and with prefix caching; ``long`` answers with a third of it, and under
+    ``pressure``, with half of it, requests that keep all while they can."""
 
-    ample: tuple[Scenario, ...]
-    scarce: tuple[Scenario, ...]
-    shared: tuple[Scenario, ...]
-    rounds: int
+    ample: tuple[Scenario, ...] = ()
+    scarce: tuple[Scenario, ...] = ()
+    shared: tuple[Scenario, ...] = ()
+    long: tuple[Scenario, ...] = ()
+    pressure: tuple[Scenario, ...] = ()
+    rounds: int = 1
 
     @property
     def groups(self) -> dict[str, tuple[tuple[Scenario, ...], float]]:
@@ -70,6 +77,8 @@ class Plan:
             "scarce": (self.scarce, 0.25),
             "shared_ample": (self.shared, 1.0),
             "shared_scarce": (self.shared, 0.25),
+            "long": (self.long, 1 / 3),
+            "pressure": (self.pressure, 0.5),
         }
         return {name: group for name, group in found.items() if group[0]}
 
@@ -93,6 +102,8 @@ FULL_PLAN = Plan(
     ),
     scarce=(_batch(1024, 16, 256),),
     shared=(_batch(2048, 16, 256, 1024),),
+    long=(_batch(100, 16, 1500),),
+    pressure=(_batch(512, 16, 512),),
     rounds=3,
 )
 QUICK_PLAN = Plan(
@@ -132,13 +143,17 @@ class Bench:
     def kv_bytes_per_token(self) -> int:
         return self.shape.kv_bytes_per_token(self.torch_dtype)
 
-    @property
-    def variants(self) -> list[Variant]:
-        own_target = FastGenConfig.from_dict(self.settings).target
-        found = [Variant("stock", "stock")]
+    def variants(self, group: str) -> list[Variant]:
+        """What is compared; where requests grow, keeping everything is left out."""
+        config, found = FastGenConfig.from_dict(self.settings), [Variant("stock", "stock")]
+        grow = group in ("long", "pressure")
         for recovery in self.recoveries:
-            target = own_target if recovery is None else f"recovery {recovery:g}"
-            found.append(Variant(f"FastGen, {target}", "fastgen", recovery))
+            target = config.target if recovery is None else f"recovery {recovery:g}"
+            if not (grow and recovery == 1.0):
+                found.append(Variant(f"FastGen, {target}", "fastgen", recovery))
+        if group == "pressure" and config.method_for(config.goal).choose_again is not None:
+            name = f"FastGen, {config.target} under pressure"
+            found.append(Variant(name, "fastgen", compress="pressure"))
         return found
 
     def engine_options(self, scenarios: Sequence[Scenario], share: float) -> dict[str, Any]:
@@ -181,7 +196,7 @@ def run_bench(bench: Bench) -> dict[str, Any]:
         results["micro"] = _kernel_figures(bench)
         progress.advance(task)
         for group, (scenarios, share) in bench.plan.groups.items():
-            results[group] = measure_group(bench, scenarios, share, text, progress)
+            results[group] = measure_group(bench, group, scenarios, share, text, progress)
     return results
 
 
@@ -194,13 +209,14 @@ def _kernel_figures(bench: Bench) -> dict[str, Any]:
 
 def measure_group(
     bench: Bench,
+    group: str,
     scenarios: Sequence[Scenario],
     share: float,
     text: list[int],
     progress: Progress,
 ) -> dict[str, Any]:
     """The scenarios of one amount of memory, with engines started for it."""
-    options, variants = bench.engine_options(scenarios, share), bench.variants
+    options, variants = bench.engine_options(scenarios, share), bench.variants(group)
     kv_bytes = options["kv_cache_memory_bytes"]
     total = len(scenarios) * bench.plan.rounds * len(variants)
     task = progress.add_task(f"KV memory of {kv_bytes >> 20} MiB", total=total)
@@ -208,12 +224,12 @@ def measure_group(
     with engines(options, options, bench.settings) as running:
         warm = text[: min(256, options["max_model_len"] - 8)]
         for variant in variants:
-            running[variant.engine].run(Batch([warm], 4, variant.recovery))
+            running[variant.engine].run(variant.batch([warm], 4))
         for scenario in scenarios:
             runs: dict[str, list[dict[str, Any]]] = {v.name: [] for v in variants}
             # Round by round: what else the machine does falls on all variants alike.
             for variant in variants * bench.plan.rounds:
-                batch = Batch(prompts(text, scenario), scenario.max_tokens, variant.recovery)
+                batch = variant.batch(prompts(text, scenario), scenario.max_tokens)
                 runs[variant.name].append(running[variant.engine].run(batch))
                 progress.advance(task)
             measured.append({"name": scenario.name, "variants": summary(runs)})

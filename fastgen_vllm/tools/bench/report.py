@@ -12,6 +12,8 @@ GROUPS = {
     "scarce": "Scarce KV memory",
     "shared_ample": "Prompts with one beginning, prefix caching, ample KV memory",
     "shared_scarce": "Prompts with one beginning, prefix caching, scarce KV memory",
+    "long": "Long answers, a third of the KV memory",
+    "pressure": "Short prompts that grow, half of the KV memory",
 }
 LIMITS = {"GB/s": "read_bandwidth_gb_s", "GFLOP/s": "matmul_gflop_s"}
 """By the unit of a kernel's rate, the machine's own rate."""
@@ -47,6 +49,7 @@ def _line(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         **{key: statistics.median(v) for key, v in values.items()},
         "spread": {key: [min(v), max(v)] for key, v in values.items()},
         "max_running": max(f["max_running"] for f in rounds),
+        "preemptions": statistics.median(f["preemptions"] for f in rounds),
         "rss_mib": max(f["rss_bytes"] for f in rounds) / 2**20,
         "kv_kept": statistics.mean(f["kv_kept"] for f in rounds),
     }
@@ -69,10 +72,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _group_table(scenarios: list[dict[str, Any]]) -> Iterator[str]:
     yield (
-        "| requests x prompt + output | engine | KV kept | most at once | prefill s "
+        "| requests x prompt + output | engine | KV kept | most at once | preempted | prefill s "
         "| decode tok/s | total tok/s | RSS MiB |"
     )
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for scenario in scenarios:
         for name, line in scenario["variants"].items():
             cells = [
@@ -80,6 +83,7 @@ def _group_table(scenarios: list[dict[str, Any]]) -> Iterator[str]:
                 name,
                 f"{line['kv_kept']:.2f}",
                 str(line["max_running"]),
+                f"{line['preemptions']:g}",
                 _with_ratio(line, "prefill_s", 2),
                 _with_ratio(line, "decode_tokens_per_s", 1),
                 _with_ratio(line, "tokens_per_s", 1),
@@ -118,18 +122,19 @@ def chart(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     scenarios = [(g, s) for g in GROUPS if g in results for s in results[g]["scenarios"]]
-    names = list(scenarios[0][1]["variants"])
+    names = list(dict.fromkeys(name for _, s in scenarios for name in s["variants"]))
     figure, axes = plt.subplots(figsize=(1.6 * len(scenarios) + 2, 4), layout="constrained")
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        heights = [s["variants"][name]["ratio"]["tokens_per_s"] for _, s in scenarios]
+        lines = [s["variants"].get(name) for _, s in scenarios]
+        heights = [line["ratio"]["tokens_per_s"] if line else float("nan") for line in lines]
         places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(scenarios))]
         bars = axes.bar(places, heights, width, label=name)
         axes.bar_label(bars, fmt="%.2f", fontsize=8)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(
         range(len(scenarios)),
-        [f"{s['name']}\n{group.removeprefix('shared_')} memory" for group, s in scenarios],
+        [f"{s['name']}\n{group.removeprefix('shared_')}" for group, s in scenarios],
     )
     axes.set_ylabel("throughput relative to stock vLLM")
     axes.set_title(f"{results['model']}, {results['machine']}", fontsize=10)

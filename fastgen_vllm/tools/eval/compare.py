@@ -29,6 +29,8 @@ COUNTS = {
     **{"tools": 12, "instructions": 8, "chat": 6, "few_shot": 8},
 }
 """Prompts of each task and length."""
+LONG_COUNTS = {"generation": 4}
+"""Of tasks that take long, so they are run where they are asked for."""
 QUICK_COUNTS = dict.fromkeys(COUNTS, 2) | {"retrieval": 3, "continuation": 4}
 LENGTHS, QUICK_LENGTHS = (1024, 2048), (1024,)
 BUDGETS, QUICK_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), (0.2, 0.4)
@@ -46,10 +48,11 @@ def load_of(
         InputError: there is no such task.
     """
     counts = QUICK_COUNTS if quick else COUNTS
+    every = {**counts, **LONG_COUNTS}
     for task in tasks or ():
-        if task not in counts:
-            raise InputError(f"There is no task {task!r}. Take one of {', '.join(counts)}.")
-    chosen = {task: counts[task] for task in counts if not tasks or task in tasks}
+        if task not in every:
+            raise InputError(f"There is no task {task!r}. Take one of {', '.join(every)}.")
+    chosen = {task: every[task] for task in every if task in (tasks or counts)}
     return Load(tuple(lengths or (QUICK_LENGTHS if quick else LENGTHS)), chosen, half)
 
 
@@ -98,12 +101,17 @@ def run_eval(
         InputError: the texts or the model are too short for the load.
     """
     check_context(model, max(load.lengths) + 256, "--length with a question and its answer")
+    if kvpress is not None and "generation" in load.counts:
+        raise InputError(
+            "--kvpress does not go with the task generation, since its presses drop nothing "
+            "while decoding. Leave one of them out."
+        )
     todo = list(items(load_tokenizer(model), texts, load))
     longest = max(len(item.prompt) + max(len(item.target), item.most_tokens) for item in todo)
     share = sum(v.config.kv_budget or 1.0 for v in compared)
     # Beside the variants' own: the prompt as encoded, and the copy that is being compacted. Each
     # grows by its answer, and by what its heads' last pages leave free.
-    lab = Lab(model, compared, int(longest * (share + 2) * 1.1) + 256 * len(compared))
+    lab = Lab(model, compared, int(longest * (share + 2) * 1.1) + 512 * len(compared))
     names = [v.name for v in compared]
     labs: list[Lab | KvpressLab] = [lab]
     with ExitStack() as stack:

@@ -8,6 +8,8 @@ from fastgen_vllm.tools.eval.kvpress import KvpressLab
 from fastgen_vllm.tools.eval.material import Item
 from fastgen_vllm.tools.lab import Lab
 
+QUARTERS = 4
+
 
 def run(lab: Lab | KvpressLab, item: Item) -> dict[str, torch.Tensor]:
     """Figures of every variant on one prompt, float32 ``[variants]`` each. The first variant is the
@@ -16,8 +18,9 @@ def run(lab: Lab | KvpressLab, item: Item) -> dict[str, torch.Tensor]:
     ``slots`` and ``pages``: the share kept. The same tokens are given to all variants, the true
     continuation or the full cache's own answer: ``kl``, the mean KL divergence from the full
     cache's distribution of the next token; ``same_top``, how often the most likely token is its;
-    ``loss``, of a true continuation. Then, of an answer, ``own``: it is the full cache's own;
-    ``right``: where that can be said, each having answered freely.
+    ``loss``, of a true continuation; of a long one also ``loss_1`` to ``loss_4``, of its quarters,
+    and ``held``, the share kept on average while it grew. Then, of an answer, ``own``: it is the
+    full cache's own; ``right``: where that can be said, each having answered freely.
     """
     lab.prefill(item.prompt)
     figures = {"slots": lab.kept_ratio(), "pages": lab.page_ratio()}
@@ -43,7 +46,8 @@ def run(lab: Lab | KvpressLab, item: Item) -> dict[str, torch.Tensor]:
 def _follow(lab: Lab | KvpressLab, item: Item) -> tuple[list[int], dict[str, torch.Tensor]]:
     """Give all variants the same tokens, which are returned, and compare what they expect next."""
     given: list[int] = []
-    kl, same, loss = (torch.zeros(len(lab.variants)) for _ in range(3))
+    kl, same, held = (torch.zeros(len(lab.variants)) for _ in range(3))
+    loss = torch.zeros(QUARTERS, len(lab.variants))
     steps = len(item.target) or item.most_tokens
     while len(given) < steps:
         expected = lab.logits.log_softmax(-1)
@@ -51,13 +55,20 @@ def _follow(lab: Lab | KvpressLab, item: Item) -> tuple[list[int], dict[str, tor
         token = item.target[len(given)] if item.target else int(top[0])
         kl += divergence(expected)
         same += top == top[0]
-        loss -= expected[:, token]
+        loss[len(given) * QUARTERS // steps] -= expected[:, token]
+        held += lab.kept_ratio()
         given.append(token)
         if (not item.target and token in lab.end_tokens) or len(given) == steps:
             break
         lab.decode([token] * len(lab.variants))
-    figures = {"kl": kl / len(given), "same_top": same / len(given)}
-    return given, figures | ({"loss": loss / len(given)} if item.target else {})
+    steps = len(given)
+    figures = {"kl": kl / steps, "same_top": same / steps}
+    if item.target:
+        figures["loss"] = loss.sum(0) / steps
+    if item.task == "generation":
+        figures["held"] = held / steps
+        figures |= {f"loss_{i + 1}": part * QUARTERS / steps for i, part in enumerate(loss)}
+    return given, figures
 
 
 def divergence(log_probs: torch.Tensor) -> torch.Tensor:

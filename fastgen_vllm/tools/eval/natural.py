@@ -22,20 +22,36 @@ def continuation(material: Material, length: int, i: int, where: float) -> Item:
 
 
 def code(material: Material, length: int, i: int, where: float) -> Item:
-    """The beginning of a module, and what really follows.
+    """The beginning of a module, and what really follows."""
+    tokens = _module(material, length + CONTINUED, i)
+    return Item("code", "python", length, tokens[:length], tokens[length:])
+
+
+def _module(material: Material, size: int, i: int) -> list[int]:
+    """The first ``size`` tokens of the ``i``-th module that has as many.
 
     Raises:
-        InputError: there are not so many modules of that length.
+        InputError: there are not so many.
     """
     for text in material.files:
         tokens = material.encode(text)
-        if len(tokens) >= length + CONTINUED:
+        if len(tokens) >= size:
             i -= 1
         if i < 0:
-            return Item("code", "python", length, tokens[:length], tokens[length:][:CONTINUED])
+            return tokens[:size]
     raise InputError(
-        f"Too few modules of Python's library have {length} tokens. Take a smaller --length."
+        f"Too few modules of Python's library have {size} tokens. Take a smaller --length."
     )
+
+
+GENERATED = 2000
+
+
+def generation(material: Material, length: int, i: int, where: float) -> Item:
+    """A text or, every second time, a module that goes on for long after its beginning."""
+    kind, size = ("text", "code")[i % 2], length + GENERATED
+    tokens = _module(material, size, i // 2) if i % 2 else material.stretch("english", size, where)
+    return Item("generation", kind, length, tokens[:length], tokens[length:])
 
 
 QUESTIONS = {
@@ -89,4 +105,4 @@ def retrieval(material: Material, length: int, i: int, where: float) -> Item:
     )
 
 
-TASKS = (continuation, code, answers, retrieval)
+TASKS = (continuation, code, answers, retrieval, generation)

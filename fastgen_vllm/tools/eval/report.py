@@ -28,6 +28,10 @@ class Figure:
     kind: str | None = None
     low: bool = True
 
+    @property
+    def is_loss(self) -> bool:
+        return self.name.startswith("loss")
+
 
 FIGURES = (
     Figure("text: loss", "continuation", "loss"),
@@ -44,6 +48,9 @@ FIGURES = (
     Figure("instructions kept", "instructions", "right", low=False),
     Figure("examples followed", "few_shot", "right", low=False),
     Figure("numbers found", "retrieval", "right", low=False),
+    Figure("generation: share held", "generation", "held"),
+    Figure("generation: KL", "generation", "kl"),
+    *(Figure(f"generation: loss, quarter {i}", "generation", f"loss_{i}") for i in (1, 2, 3, 4)),
 )
 
 
@@ -70,7 +77,7 @@ class Summary:
         if not prompts:
             return None
         found = self._stack(prompts, figure.name)
-        if figure.name == "loss":
+        if figure.is_loss:
             found = (found - found[:, :1]) / found[:, :1].mean()
         return found
 
@@ -94,8 +101,10 @@ def _cell(figure: Figure, values: torch.Tensor) -> str:
     mean, error = float(values.mean()), standard_error(values)
     if not figure.low:
         return f"{int(values.sum())}"
-    if figure.name == "loss":
+    if figure.is_loss:
         return f"{mean:+.1%} ± {error:.1%}"
+    if figure.name == "held":
+        return f"{mean:.3f}"
     return f"{1000 * mean:.0f} ± {1000 * error:.0f}"
 
 
@@ -159,6 +168,7 @@ PANELS = (
     Figure("numbers found", "retrieval", "right", low=False),
     Figure("instructions: KL", "instructions", "kl"),
     Figure("examples followed", "few_shot", "right", low=False),
+    Figure("generation: KL", "generation", "kl"),
 )
 
 
