@@ -36,6 +36,11 @@ from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER, Hybrid
         ({"ladder": [{"full": True, "special": True}]}, "'full' alone"),
         ({"ladder": [7]}, r"fastgen\.ladder\[0\]: 7 is not an object"),
         ({"extra_special_tokens": "<x>"}, r"fastgen\.extra_special_tokens: got '<x>'"),
+        ({"compress": "never"}, r"fastgen\.compress: got 'never'.*'always' or 'pressure'"),
+        ({"compress": "pressure", "ladder": "adaptive"}, "'pressure' goes with a kv_budget and no"),
+        ({"compress": "pressure", "recovery": 0.9}, "'pressure' goes with a kv_budget and no"),
+        ({"compact_every": 64, "ladder": "paper"}, "compact_every goes with the default method"),
+        ({"compact_every": -1}, r"fastgen\.compact_every: got -1.*greater than or equal to 0"),
         ("paper", "must be an object"),
     ],
 )
@@ -70,6 +75,44 @@ def test_override_of_a_fixed_method_is_refused() -> None:
     config.check_override(RequestOverride(fastgen_compress=False))
     with pytest.raises(FastGenConfigError, match=r"fastgen_kv_budget: 0\.2 .*'h2o'"):
         config.check_override(RequestOverride(fastgen_kv_budget=0.2))
+
+
+def test_who_keeps_everything_until_blocks_run_short() -> None:
+    """Where the engine does, a request with a recovery is compressed always."""
+    always, pressed = FastGenConfig(), FastGenConfig(compress="pressure")
+    budget, recovery = RequestOverride(), RequestOverride(fastgen_recovery=0.9)
+    asked = RequestOverride(fastgen_compress="pressure")
+    assert [c.waits(budget) for c in (always, pressed)] == [False, True]
+    assert [c.waits(recovery) for c in (always, pressed)] == [False, False]
+    assert [c.waits(asked) for c in (always, pressed)] == [True, True]
+    assert not pressed.waits(RequestOverride(fastgen_compress="always"))
+    assert not pressed.waits(RequestOverride(fastgen_compress=False))
+    both = RequestOverride(fastgen_compress="pressure", fastgen_recovery=0.9)
+    with pytest.raises(FastGenConfigError, match=r"'pressure' goes with a kv_budget.*'always'"):
+        always.check_override(both)
+    with pytest.raises(FastGenConfigError, match="'pressure' goes with a kv_budget"):
+        FastGenConfig(ladder="adaptive").check_override(asked)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "sent", "longest", "compressed", "grows"),
+    [
+        (256, 256, 300, True, True),
+        (255, 255, 900, False, True),
+        (255, 255, 512, False, False),
+        (400, 255, 900, False, True),
+        (512, 255, 900, True, True),
+        (512, 512, 513, True, True),
+    ],
+)
+def test_short_prompts_join_when_they_have_grown(
+    num_tokens: int, sent: int, longest: int, compressed: bool, grows: bool
+) -> None:
+    """``num_tokens`` of which ``sent`` were sent; the others were generated before a preemption."""
+    goals = FastGenConfig().goals_for(num_tokens, RequestOverride(), sent, longest)
+    assert [goal is not None for goal in goals] == [compressed, grows]
+    once = FastGenConfig(compact_every=0).goals_for(num_tokens, RequestOverride(), sent, longest)
+    assert [goal is not None for goal in once] == [sent >= 256, False]
 
 
 def test_adaptive_ladder_rises() -> None:

@@ -144,8 +144,8 @@ class FastGenSchedulerMixin(SchedulerBase):
         gain = owned - int(share * length) // manager.block_size - 2
         if kept.last is None and kept.kept_slots == kept.total_slots:
             return max(0, gain)  # it holds everything
-        has_grown = kept.last is None or 4 * length >= 5 * kept.last.num_tokens
-        return gain if has_grown and 4 * gain >= owned else 0
+        has_grown = kept.last is None or 16 * length >= 17 * kept.last.num_tokens
+        return gain if has_grown and 8 * gain >= owned else 0
 
     def _needed_soon(self) -> int:
         """Blocks that may be asked for in the next steps: by whoever decodes one, by prompts that

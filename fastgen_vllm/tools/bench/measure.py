@@ -59,7 +59,7 @@ class Scenario:
 class Plan:
     """What is measured: ``ample`` with memory for all requests, ``scarce`` with a quarter of it,
     ``shared`` with either, and with prefix caching; ``long`` answers with a third of it, and under
-    ``pressure``, with half of it, requests that keep all while they can."""
+    ``pressure``, with a quarter of it, requests that keep all while they can."""
 
     ample: tuple[Scenario, ...] = ()
     scarce: tuple[Scenario, ...] = ()
@@ -78,7 +78,7 @@ class Plan:
             "shared_ample": (self.shared, 1.0),
             "shared_scarce": (self.shared, 0.25),
             "long": (self.long, 1 / 3),
-            "pressure": (self.pressure, 0.5),
+            "pressure": (self.pressure, 0.25),
         }
         return {name: group for name, group in found.items() if group[0]}
 
@@ -103,7 +103,7 @@ FULL_PLAN = Plan(
     scarce=(_batch(1024, 16, 256),),
     shared=(_batch(2048, 16, 256, 1024),),
     long=(_batch(100, 16, 1500),),
-    pressure=(_batch(512, 16, 512),),
+    pressure=(_batch(128, 16, 1024),),
     rounds=3,
 )
 QUICK_PLAN = Plan(

@@ -13,7 +13,7 @@ GROUPS = {
     "shared_ample": "Prompts with one beginning, prefix caching, ample KV memory",
     "shared_scarce": "Prompts with one beginning, prefix caching, scarce KV memory",
     "long": "Long answers, a third of the KV memory",
-    "pressure": "Short prompts that grow, half of the KV memory",
+    "pressure": "Short prompts that grow, a quarter of the KV memory",
 }
 LIMITS = {"GB/s": "read_bandwidth_gb_s", "GFLOP/s": "matmul_gflop_s"}
 """By the unit of a kernel's rate, the machine's own rate."""
