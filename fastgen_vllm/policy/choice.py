@@ -186,7 +186,8 @@ class Choice:
 
     def whole(self) -> Choice:
         """All of the prompt, and what is known of its keys for when some must go."""
-        everything = Choice.everything(self.kept.shape, self.kept.device)
+        layers, heads, n = self.kept.shape
+        everything = Choice.everything((layers, heads, n), self.kept.device)
         return replace(everything, sticky=self.sticky, scores=self.scores)
 
 

@@ -247,7 +247,7 @@ def test_requests_are_compacted_again_while_they_grow(
         assert result.info["compactions"] == (n + 109 - max(n, 60)) // 40
         assert result.info["kv_kept_last"] <= max(0.25, 60 / (n + 70)) + 0.05
         sizes = [sum(len(head) for layer in kept for head in layer) for kept in result.kept]
-        assert sum(after < before for before, after in pairwise(sizes)) >= 2
+        assert sum(after < before for before, after in pairwise(sizes)) >= 1
     free = engine.free_blocks()
     for lag in (0, 1, 2):
         with monkeypatch.context() as late:

@@ -103,7 +103,7 @@ FULL_PLAN = Plan(
     scarce=(_batch(1024, 16, 256),),
     shared=(_batch(2048, 16, 256, 1024),),
     long=(_batch(100, 16, 1500),),
-    pressure=(_batch(128, 16, 1024),),
+    pressure=(_batch(128, 24, 1024),),
     rounds=3,
 )
 QUICK_PLAN = Plan(

@@ -134,7 +134,10 @@ def chart(results: dict[str, Any], path: Path) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(
         range(len(scenarios)),
-        [f"{s['name']}\n{group.removeprefix('shared_')}" for group, s in scenarios],
+        [
+            f"{s['name'].replace(' shared', chr(10) + 'shared')}\n{group.removeprefix('shared_')}"
+            for group, s in scenarios
+        ],
     )
     axes.set_ylabel("throughput relative to stock vLLM")
     axes.set_title(f"{results['model']}, {results['machine']}", fontsize=10)

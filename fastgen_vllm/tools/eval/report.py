@@ -150,7 +150,7 @@ def _better(summary: Summary) -> Iterator[str]:
             continue
         found: dict[str, list[str]] = defaultdict(list)
         for figure, values in summary.figures():
-            for i, goal in enumerate(goals):
+            for i, goal in enumerate(goals if figure.name != "held" else ()):
                 gain = (values[:, ours] - values[:, i]) * (1 if figure.low else -1)
                 if goal == goals[ours] and float(gain.mean()) > standard_error(gain):
                     found[figure.title].append(summary.variants[i]["method"])
