@@ -444,7 +444,11 @@ class RequestOverride(BaseModel):
     @classmethod
     def _from_number(cls, value: Any) -> Any:
         # vLLM types vllm_xargs as str, int, float or list, so false arrives as 0 over HTTP.
-        return bool(value) if type(value) in (int, float) and value in (0, 1) else value
+        if type(value) in (bool, int, float) and value in (0, 1):
+            return bool(value)
+        if value not in ("always", "pressure"):
+            raise ValueError("give true, false, 'always' or 'pressure'")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> RequestOverride:
