@@ -84,9 +84,9 @@ Texts = Annotated[
 Lengths = Annotated[
     list[int] | None,
     typer.Option(
-        min=256,
-        help="The length of the prompts in tokens. May be given several times. By default it "
-        "is 1024 and 2048, or 1024 with --quick.",
+        min=16,
+        help="The length of the prompts in tokens, at least 256 but for generation. May be given "
+        "several times. By default it is 1024 and 2048, or 1024 with --quick.",
     ),
 ]
 EvalTasks = Annotated[

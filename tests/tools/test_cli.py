@@ -54,6 +54,7 @@ CASES = [
     (["eval", "MODEL", "--budget", "1.5"], "kv_budget"),
     (["eval", "MODEL", "--texts", "nowhere"], "Run scripts/setup.sh"),
     (["eval", "MODEL", "--texts", "BINARY_TEXTS"], "bad.txt is not UTF-8 text"),
+    (["eval", "MODEL", "--length", "60"], "--length 60 is too short for a text and a question"),
     (["eval", "MODEL", "--length", "9000"], "at most 8192 (max_position_embeddings)"),
     (["eval", "MODEL", "--task", "poems"], "There is no task 'poems'"),
     (["eval", "MODEL", "--json", "FILE/eval.json"], IN_A_FILE),

@@ -59,7 +59,8 @@ def test_methods_see_the_model(model: str) -> None:
     from transformers import AutoModelForCausalLM
 
     budget, methods = 0.3, [*sorted(EVAL_ONLY), "snapkv"]
-    compared = [Variant(m, FastGenConfig(method=m, kv_budget=budget)) for m in methods]
+    settings = {"kv_budget": budget, "min_prompt_tokens": 1}
+    compared = [Variant(m, FastGenConfig.from_dict({"method": m, **settings})) for m in methods]
     lab = Lab(model, compared, 4096)
     tokens = load_tokenizer(model).encode(english(900, "types"))
     lab.prefill(tokens, chunk=100)

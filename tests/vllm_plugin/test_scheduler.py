@@ -155,5 +155,6 @@ def test_output_that_a_stop_string_may_end_tells_what_was_kept(
     summary = {
         **{"kv_kept_ratio": 100 / 384, "vacated_blocks": 2, "policy_heads": {"local": 6}},
         **{"cached_tokens": 0, "kv_budget": 0.25, "kv_recovery": 0.75, "protected_tokens": 3},
+        **{"compactions": 0, "kv_kept_last": None, "compacted_at": None},
     }
     assert output.kv_transfer_params == ({"fastgen": summary} if told else None)

@@ -32,6 +32,7 @@ COUNTS = {
 LONG_COUNTS = {"generation": 4}
 """Of tasks that take long, so they are run where they are asked for."""
 QUICK_COUNTS = dict.fromkeys(COUNTS, 2) | {"retrieval": 3, "continuation": 4}
+LEAST_LENGTH = 256
 LENGTHS, QUICK_LENGTHS = (1024, 2048), (1024,)
 BUDGETS, QUICK_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), (0.2, 0.4)
 RECOVERIES, QUICK_RECOVERIES = (0.88, 0.96), (0.88,)
@@ -53,6 +54,12 @@ def load_of(
         if task not in every:
             raise InputError(f"There is no task {task!r}. Take one of {', '.join(every)}.")
     chosen = {task: every[task] for task in every if task in (tasks or counts)}
+    for length in lengths or ():
+        if length < LEAST_LENGTH and set(chosen) - set(LONG_COUNTS):
+            raise InputError(
+                f"--length {length} is too short for a text and a question. Take {LEAST_LENGTH} "
+                "or more, or --task generation alone."
+            )
     return Load(tuple(lengths or (QUICK_LENGTHS if quick else LENGTHS)), chosen, half)
 
 
