@@ -221,8 +221,8 @@ def test_soak_of_shared_prefixes(engine: Engine) -> None:
                 finished += 1
                 info = (output.kv_transfer_params or {}).get("fastgen", {})
                 cached += info.get("cached_tokens", 0)
-            if alive and rng.random() < 0.05:
+            if alive and rng.random() < 0.02:
                 victim = rng.choice(sorted(alive))
                 engine.abort(victim)
                 alive.discard(victim)
-    assert finished > 15 and cached > 1000
+    assert finished > 20 and cached > 1000
