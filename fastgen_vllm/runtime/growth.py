@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgen_vllm.cache import HeadTables
+from fastgen_vllm.cache import PagePool
 from fastgen_vllm.config import Plan
 from fastgen_vllm.kernels.contract import HeadRules
 from fastgen_vllm.policy.choice import Goal, SlotStats, pages_within, with_sinks
@@ -57,10 +57,8 @@ class Growth:
         self._next += self.every
         return True
 
-    def choose(self, tables: HeadTables, request_id: str) -> tuple[HeadRules, torch.Tensor]:
+    def choose(self, pool: PagePool, slots: SlotStats) -> tuple[HeadRules, torch.Tensor]:
         """How the heads go on, and which of their slots they keep."""
-        pool = tables.pool
-        slots = slots_of(tables, request_id, self.num_tokens)
         share = self.goal.with_protected(self.protected / self.num_tokens).share_of(self.num_tokens)
         pages_each = -(-self.num_tokens // pool.block_size)
         assert self.plan.method.choose_again is not None
@@ -77,10 +75,9 @@ class Growth:
         rules.decay.fill_(self.plan.method.decay)
 
 
-def slots_of(tables: HeadTables, request_id: str, num_tokens: int) -> SlotStats:
-    """What a request's slots tell of themselves: nobody looks at K or V again."""
-    pool, row = tables.pool, tables.rows[request_id]
-    pages = tables.pages_of(request_id)
-    lengths = tables.state.lengths[row].long()
+def slots_in(
+    pool: PagePool, pages: torch.Tensor, lengths: torch.Tensor, num_tokens: int
+) -> SlotStats:
+    """What the slots of a request's pages ``[L, H, P]`` tell: nobody looks at K or V again."""
     positions, scores = pool.positions[pages].flatten(2), pool.scores[pages].flatten(2)
-    return SlotStats(lengths, positions, scores, num_tokens, pool.block_size)
+    return SlotStats(lengths.long(), positions, scores, num_tokens, pool.block_size)

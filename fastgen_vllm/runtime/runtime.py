@@ -15,7 +15,7 @@ from fastgen_vllm.policy.choice import Choice, Goal
 from fastgen_vllm.policy.hybrids import hybrids_of
 from fastgen_vllm.policy.protect import SystemPrompts, protect
 from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile, PromptTokens
-from fastgen_vllm.runtime.growth import Growth
+from fastgen_vllm.runtime.growth import Growth, slots_in
 from fastgen_vllm.runtime.report import Kept, KeptAgain, PendingReport, StepReport
 from fastgen_vllm.runtime.step import Prefill, PrefillChunk, Step
 from fastgen_vllm.tensors import to_device
@@ -308,8 +308,9 @@ class Runtime:
 
     def _compact_again(self, request_id: str, growth: Growth, report: StepReport) -> None:
         tables = self.tables
-        rules, kept = growth.choose(tables, request_id)
         row, pages = tables.rows[request_id], tables.pages_of(request_id)
+        slots = slots_in(self.pool, pages, tables.state.lengths[row], growth.num_tokens)
+        rules, kept = growth.choose(self.pool, slots)
         # The scheduler may count on what was unused, where it reads of this later.
         spare = tables.state.num_free[row] if self.report_lag else None
         done = compact(

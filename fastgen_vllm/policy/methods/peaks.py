@@ -52,24 +52,15 @@ def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
         stats = stats.with_sinks_alone()
         always = _always(ladder, stats)
     rank = ranks(stats).masked_fill(always, float("inf"))
-    chosen = _counts(rank, page, room)
-    counts = (-(-chosen // page) * page).clamp(max=n)
-    kept = torch.empty_like(rank, dtype=torch.bool)
-    for layers in layers_at_once(kept):
-        kept[layers] = highest_of_each(rank[layers], counts[layers])
+    rules, kept = _take(ladder, rank, always, n, n, page, room)
     sticky = _sticky(ladder, stats).expand(kept.shape)
-    score = rank.masked_fill(always, 0.0)
-    recovery = _recovery(stats, kept)
-    # A head of which nothing was chosen is local, though its last page is filled.
-    frequent = (kept & ~always).sum(-1) * (chosen > always.sum())
-    rules = _rules(ladder, frequent, counts >= n, n)
-    return Choice(rules, kept, sticky, score, recovery)
+    return Choice(rules, kept, sticky, rank.masked_fill(always, 0.0), _recovery(stats, kept))
 
 
 def choose_again(ladder: Ladder, slots: SlotStats, room: int) -> tuple[HeadRules, torch.Tensor]:
     """As ``choose``, among the slots of a request that has grown, by their scores. Sticky tokens
     always stay."""
-    in_use, n, page = slots.in_use, slots.num_tokens, slots.page_size
+    in_use, n = slots.in_use, slots.num_tokens
     sticky = slots.scores.isinf()
     always = (sticky | (slots.positions >= n - ladder.least_window)) & in_use
     rank = torch.empty_like(slots.scores)
@@ -77,13 +68,35 @@ def choose_again(ladder: Ladder, slots: SlotStats, room: int) -> tuple[HeadRules
         is_known = in_use[layers] & ~sticky[layers]
         rank[layers] = _pooled(slots.scores[layers].masked_fill(~is_known, 0.0))
     rank.masked_fill_(always, float("inf")).masked_fill_(~in_use, -1.0)
-    chosen = torch.minimum(_counts(rank, page, room), slots.lengths)
-    filled = torch.minimum(-(-chosen // page) * page, slots.lengths)
-    kept = torch.empty_like(always)
+    return _take(ladder, rank, always, slots.lengths, n, slots.page_size, room)
+
+
+def _take(
+    ladder: Ladder,
+    rank: torch.Tensor,
+    always: torch.Tensor,
+    lengths: int | torch.Tensor,
+    n: int,
+    page: int,
+    room: int,
+) -> tuple[HeadRules, torch.Tensor]:
+    """The highest ranks whose pages fit in ``room``, and the next best until a head's last page is
+    full: its numbers, and what is kept.
+
+    Args:
+        rank: float32 ``[L, H, S]``.
+        always: bool ``[S]`` or ``[L, H, S]``, what ranks first.
+        lengths: of the heads, or ``[L, H]``.
+        n: tokens of the sequence.
+    """
+    chosen = _counts(rank, page, room).clamp(max=lengths)
+    counts = (-(-chosen // page) * page).clamp(max=lengths)
+    kept = torch.empty_like(rank, dtype=torch.bool)
     for layers in layers_at_once(kept):
-        kept[layers] = highest_of_each(rank[layers], filled[layers])
+        kept[layers] = highest_of_each(rank[layers], counts[layers])
+    # A head of which nothing was chosen is local, though its last page is filled.
     frequent = (kept & ~always).sum(-1) * (chosen > always.sum(-1))
-    return _rules(ladder, frequent, kept.sum(-1) >= n, n), kept
+    return _rules(ladder, frequent, counts >= n, n), kept
 
 
 def _recovery(stats: PromptStats, kept: torch.Tensor) -> torch.Tensor:
