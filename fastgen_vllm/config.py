@@ -85,6 +85,7 @@ class FastGenConfig(BaseModel):
             the rest; ``protect_limit`` is the most that may be protected of a prompt, a share.
         min_recovery: a request keeps more than its budget where it would recover less than this
             share of its last queries' attention, on average over heads.
+        page: serve a live page of the engine and its requests' heads at ``/fastgen``.
         debug: audit the page pool after every step (also ``FASTGEN_DEBUG=1``).
     """
 
@@ -113,6 +114,7 @@ class FastGenConfig(BaseModel):
     protect: Literal["system"] | None = None
     protect_limit: float = Field(default=0.5, gt=0.0, le=1.0)
     min_recovery: float = Field(default=0.0, ge=0.0, le=1.0)
+    page: bool = False
     debug: bool = Field(default_factory=lambda: os.environ.get("FASTGEN_DEBUG", "0") == "1")
 
     @field_validator("method")
@@ -311,6 +313,14 @@ class FastGenConfig(BaseModel):
         if goal is None and longest is not None and longest <= first:
             later = None
         return goal, later
+
+    def why_whole(self, num_tokens: int, override: RequestOverride) -> str:
+        """Why all of a prompt was kept, in a word for the metrics."""
+        if not override.fastgen_compress or self.goal_of(override).keeps_everything:
+            return "asked"
+        if num_tokens < self.min_prompt_tokens:
+            return "short"
+        return "waits" if self.waits(override) else "needed"
 
     def queries_looked_at(self, goal: Goal) -> int | None:
         """The last so many tokens of a prompt must be computed for its profile; None where all of

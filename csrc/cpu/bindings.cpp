@@ -117,6 +117,16 @@ Tensor prefill_attention(const Tensor& query, const Tensor& pages, const Tensor&
   return lse;
 }
 
+Tensor attention_lse(const Tensor& query, const Tensor& pages, const Tensor& page_table,
+                     int64_t num_keys, double scale) {
+  Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, at::kFloat);
+  if (!query.size(0)) return lse;
+  PrefillAttention a{prefill_arguments(query, pages, page_table, num_keys, scale)};
+  a.lse = lse.data_ptr<float>();
+  kernels().attention_lse(a);
+  return lse;
+}
+
 void attention_mass(const Tensor& query, const Tensor& pages, const Tensor& page_table,
                     int64_t num_keys, const Tensor& lse, int64_t first_position,
                     int64_t position_step, const Tensor& bounds, double scale, const Tensor& mass) {
@@ -158,6 +168,26 @@ void attention_peaks(const Tensor& query, const Tensor& pages, const Tensor& pag
   a.sums = sums.data_ptr<float>();
   a.key_stride = peaks.stride(0);
   kernels().attention_peaks(a);
+}
+
+Tensor value_norms(const Tensor& pages, const Tensor& page_table, int64_t num_keys) {
+  TORCH_CHECK(pages.dim() == 3 && pages.is_contiguous() && pages.size(2) % 32 == 0 &&
+                  page_table.size(1) * pages.size(1) >= num_keys,
+              "fastgen: pages must be contiguous and the page table cover the keys");
+  Tensor norms = at::empty({page_table.size(0), num_keys}, at::kFloat);
+  ValueNorms a;
+  a.dtype = dtype_of(pages);
+  a.num_heads = page_table.size(0);
+  a.head_size = pages.size(2) / 2;
+  a.num_keys = num_keys;
+  a.block_size = pages.size(1);
+  a.table_stride = page_table.size(1);
+  a.pages = pages.data_ptr();
+  a.page_table = contiguous<int64_t>(page_table, "page_table");
+  a.norms = norms.data_ptr<float>();
+  a.parallel = parallel;
+  kernels().value_norms(a);
+  return norms;
 }
 
 void decode_attention(const Tensor& query, const Tensor& pages, const Tensor& positions,
@@ -291,6 +321,10 @@ TORCH_LIBRARY(fastgen, m) {
       "Tensor(a!) output) -> Tensor",
       prefill_attention);
   m.def(
+      "attention_lse(Tensor query, Tensor pages, Tensor page_table, int num_keys, float scale) "
+      "-> Tensor",
+      attention_lse);
+  m.def(
       "attention_mass(Tensor query, Tensor pages, Tensor page_table, int num_keys, Tensor lse, "
       "int first_position, int position_step, Tensor bounds, float scale, Tensor(a!) mass) -> ()",
       attention_mass);
@@ -298,6 +332,7 @@ TORCH_LIBRARY(fastgen, m) {
       "attention_peaks(Tensor query, Tensor pages, Tensor page_table, int num_keys, Tensor lse, "
       "int first_position, int position_step, float scale, Tensor(a!) peaks, Tensor(b!) sums) -> ()",
       attention_peaks);
+  m.def("value_norms(Tensor pages, Tensor page_table, int num_keys) -> Tensor", value_norms);
   m.def(
       "decode_attention(Tensor query, Tensor pages, Tensor positions, Tensor rows, "
       "Tensor page_table, Tensor table_start, Tensor lengths, Tensor keeps_scores, Tensor decay, "

@@ -50,6 +50,15 @@ struct AttentionPeaks : Prefill {
   int64_t key_stride;
 };
 
+struct ValueNorms {
+  DType dtype;
+  int64_t num_heads, head_size, num_keys, block_size, table_stride;
+  const void* pages;          // [*, block_size, 2 * head_size]
+  const int64_t* page_table;  // [num_heads, table_stride]
+  float* norms;               // [num_heads, num_keys]
+  ParallelFor parallel;
+};
+
 struct DecodeAttention {
   DType dtype;
   int64_t num_requests, num_heads, group, head_size, block_size;
@@ -111,8 +120,10 @@ float* scratch(Scratch use, int64_t n);
 
 struct Kernels {
   void (*prefill_attention)(const PrefillAttention&);
+  void (*attention_lse)(const PrefillAttention&);  // writes lse alone
   void (*attention_mass)(const AttentionMass&);
   void (*attention_peaks)(const AttentionPeaks&);
+  void (*value_norms)(const ValueNorms&);
   void (*decode_attention)(const DecodeAttention&);
   // Returns the last request that is short of pages, or -1.
   int64_t (*plan_decode)(const PlanDecode&);

@@ -172,7 +172,12 @@ class Kernels(Protocol):
     ) -> None: ...
 
     def prefill_attention(
-        self, query: torch.Tensor, keys: PromptKeys, scale: float, output: torch.Tensor
+        self,
+        query: torch.Tensor,
+        keys: PromptKeys,
+        scale: float,
+        output: torch.Tensor,
+        first_lse: int = 0,
     ) -> torch.Tensor: ...
 
     def attention_mass(
@@ -192,6 +197,8 @@ class Kernels(Protocol):
         peaks: torch.Tensor,
         sums: torch.Tensor,
     ) -> None: ...
+
+    def value_norms(self, keys: PromptKeys) -> torch.Tensor: ...
 
     def plan_decode(self, pages: Pages, heads: HeadState, batch: DecodeBatch) -> torch.Tensor: ...
 

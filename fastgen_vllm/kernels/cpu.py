@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastgen_vllm.kernels import libraries
 from fastgen_vllm.kernels.contract import (
     PEAK_DISTANCE,
     DecodeBatch,
@@ -19,7 +20,7 @@ from fastgen_vllm.kernels.contract import (
     ProfiledQueries,
     PromptKeys,
 )
-from fastgen_vllm.kernels.reference import move_pages
+from fastgen_vllm.kernels.reference import gather_keys, move_pages
 
 __all__ = [
     "NAME",
@@ -31,6 +32,7 @@ __all__ = [
     "plan_decode",
     "prefill_attention",
     "prepare",
+    "value_norms",
     "write_kv",
 ]
 
@@ -92,15 +94,29 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, kv: torch.Tensor, slots: to
 
 
 def prefill_attention(
-    query: torch.Tensor, keys: PromptKeys, scale: float, output: torch.Tensor
+    query: torch.Tensor,
+    keys: PromptKeys,
+    scale: float,
+    output: torch.Tensor,
+    first_lse: int = 0,
 ) -> torch.Tensor:
-    dtype, op = keys.kv.dtype, torch.ops.fastgen.prefill_attention
+    """By a library where one is faster here. It gives no log-sum-exps, and a few of them cost
+    little."""
+    dtype, ops = keys.kv.dtype, torch.ops.fastgen
+    c, query = len(query), query.to(dtype)
     where = (keys.kv, keys.page_table, keys.num_keys, scale)
-    if query.dtype == dtype == output.dtype:
-        return op(query, *where, output)
-    attended = torch.empty_like(query, dtype=dtype)
-    lse = op(query.to(dtype), *where, attended)
-    output.copy_(attended)
+    library = libraries.on_cpu.get((dtype, query.shape[-1]))
+    if library is None:
+        attended = output if output.dtype == dtype else torch.empty_like(query)
+        lse = ops.prefill_attention(query, *where, attended)[first_lse:]
+    elif c - first_lse <= c // 2:
+        attended = library(query, *gather_keys(keys), scale)
+        lse = ops.attention_lse(query[first_lse:], *where)
+    else:
+        attended, lse = libraries.sdpa(query, *gather_keys(keys), scale)
+        lse = lse[first_lse:].contiguous()
+    if attended is not output:
+        output.copy_(attended)
     return lse
 
 
@@ -122,6 +138,10 @@ def attention_peaks(
     sums: torch.Tensor,
 ) -> None:
     torch.ops.fastgen.attention_peaks(*_profiled(queries, keys), scale, peaks, sums)
+
+
+def value_norms(keys: PromptKeys) -> torch.Tensor:
+    return torch.ops.fastgen.value_norms(keys.kv, keys.page_table, keys.num_keys)
 
 
 def _profiled(queries: ProfiledQueries, keys: PromptKeys) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from fastgen_vllm.kernels.triton import (
     plan_decode,
     prefill_attention,
     prepare,
+    value_norms,
     write_kv,
 )
 from fastgen_vllm.kernels.triton.decode_attention import FirstPass, decode_in_parts
@@ -32,6 +33,7 @@ __all__ = [
     "plan_decode",
     "prefill_attention",
     "prepare",
+    "value_norms",
     "write_kv",
 ]
 

@@ -22,6 +22,12 @@ Attend = Callable[
 """Causal attention of the last ``c`` of ``m`` tokens: query ``[c, H, G, D]``, key and value
 ``[m, H, D]`` and a scale give the output ``[c, H, G, D]`` and the LSE, float32 ``[c, H, G]``."""
 
+AttendOnly = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""As ``Attend``, without the LSE."""
+
+on_cpu: dict[tuple[torch.dtype, int], AttendOnly] = {}
+"""By dtype and head size, what attends faster on this CPU than the native kernels."""
+
 
 def sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -98,10 +104,14 @@ def choose(dtype: torch.dtype) -> tuple[str, Attend]:
 
 
 def prefill_attention(
-    query: torch.Tensor, keys: PromptKeys, scale: float, output: torch.Tensor
+    query: torch.Tensor,
+    keys: PromptKeys,
+    scale: float,
+    output: torch.Tensor,
+    first_lse: int = 0,
 ) -> torch.Tensor:
     """As ``reference.prefill_attention``."""
     dtype = keys.kv.dtype
     attended, lse = choose(dtype)[1](query.to(dtype), *gather_keys(keys), scale)
     output.copy_(attended)
-    return lse
+    return lse[first_lse:]

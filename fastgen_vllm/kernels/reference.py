@@ -22,6 +22,8 @@ from fastgen_vllm.tensors import EMPTY, ceil_ratio
 
 NAME = "plain PyTorch"
 
+_PAGES_AT_ONCE = 256
+
 _TILE_SCORES = 1 << 24
 """Scores held at once by a tile of queries (64 MiB of float32)."""
 
@@ -62,16 +64,21 @@ def _masked_scores(
 
 
 def prefill_attention(
-    query: torch.Tensor, keys: PromptKeys, scale: float, output: torch.Tensor
+    query: torch.Tensor,
+    keys: PromptKeys,
+    scale: float,
+    output: torch.Tensor,
+    first_lse: int = 0,
 ) -> torch.Tensor:
     """Causal attention of a chunk against its whole prefix and itself.
 
     Args:
         query: ``[c, H, G, D]``, the last ``c`` of the keys' tokens.
         output: ``[c, H, G, D]``, written.
+        first_lse: the first query whose log-sum-exp is wanted.
 
     Returns:
-        lse float32 ``[c, H, G]``, the log-sum-exp of each query's scaled scores.
+        lse float32 ``[c - first_lse, H, G]``, the log-sum-exp of each query's scaled scores.
     """
     c, heads, groups, _ = query.shape
     key, value = gather_keys(keys)
@@ -85,7 +92,7 @@ def prefill_attention(
         probs = (scores - tile_lse[..., None]).exp()
         output[tile] = torch.einsum("hgqk,khd->qhgd", probs, value.float()).to(output.dtype)
         lse[tile] = tile_lse.permute(2, 0, 1)
-    return lse
+    return lse[first_lse:]
 
 
 def _attention_of(
@@ -103,6 +110,14 @@ def _attention_of(
         distance = positions[tile, None] - key_positions
         scores = _masked_scores(query[tile], key, distance, scale)
         yield distance, (scores - lse[tile].permute(1, 2, 0)[..., None]).exp()
+
+
+def value_norms(keys: PromptKeys) -> torch.Tensor:
+    """The norm of each key's value, as the cache holds it: float32 ``[H, num_keys]``."""
+    values = keys.kv[..., keys.kv.shape[-1] // 2 :]
+    parts = keys.page_table.split(_PAGES_AT_ONCE, dim=1)
+    norms = [values[part].float().norm(dim=-1).flatten(1) for part in parts]
+    return torch.cat(norms, dim=1)[:, : keys.num_keys]
 
 
 def attention_mass(

@@ -13,8 +13,6 @@ from fastgen_vllm.policy.observed import Observed
 from fastgen_vllm.profiler.queries import query_runs
 from fastgen_vllm.tensors import to_device
 
-PAGES_AT_ONCE = 256
-
 
 @dataclass(frozen=True)
 class ModelHeads:
@@ -31,13 +29,12 @@ class PromptChunk:
 
     Attributes:
         query: ``[c, H, G, D]``, the last ``c`` of the keys' tokens.
-        value: ``[c, H, D]``.
-        lse: float32 ``[c, H, G]``, log-sum-exp of each query's scaled scores.
+        lse: float32 ``[k, H, G]``, log-sum-exp of the scaled scores of its last ``k`` queries,
+            ``first_lse`` of the profile among them.
         scale: what scores are multiplied by.
     """
 
     query: torch.Tensor
-    value: torch.Tensor
     keys: PromptKeys
     lse: torch.Tensor
     scale: float
@@ -90,8 +87,6 @@ class PromptProfile:
         self.peaks = torch.zeros((2, *shape, 0), device=device)
         """Of one query, and the sum over queries."""
         self.value_norms = torch.ones((*shape, 0), device=device)
-        self.num_cached: int | None = None
-        """Tokens that were encoded before the first chunk."""
         self.observed: Observed | None = None
         """For methods that need the model: whoever runs them sets it."""
         how = (profiling.weighting, profiling.window, config.query_sampling)
@@ -99,6 +94,12 @@ class PromptProfile:
         # Kernels take weights up to 1. Only shares of the mass count, so it stays in this unit.
         self.most_weight = max(1.0, float(weights.max()))
         self.log_weights = to_device((weights / self.most_weight).log(), device)
+
+    def first_lse(self, start: int, end: int) -> int:
+        """Of a chunk of tokens ``[start, end)``, the first query that is looked at; the chunk's
+        length where none is."""
+        looked_at = min(run.first for run in self.runs)
+        return min(max(looked_at - start, 0), end - start)
 
     def make_room(self, num_keys: int) -> None:
         """Room for a prompt's first chunk, and from the second on for all of it: in the step in
@@ -119,29 +120,24 @@ class PromptProfile:
         layer: int,
         chunk: PromptChunk,
     ) -> None:
-        """Add a chunk's queries and values.
+        """Add a chunk's queries, and with the last chunk the prompt's values.
 
         A query's weight multiplies its probabilities, ``exp(score - lse)``, so it goes into the
         log-sum-exp and costs the kernels nothing.
         """
         num_keys = chunk.keys.num_keys
-        start = num_keys - chunk.query.shape[0]
-        if self.num_cached is None:
-            self.num_cached = start
+        start, first_lse = num_keys - len(chunk.query), num_keys - len(chunk.lse)
         self.make_room(num_keys)
-        if self.profiling.value_weighting:
-            # As the cache holds them, which is all there is of tokens that were found there.
-            values = chunk.value.to(chunk.keys.kv.dtype)
-            self.value_norms[layer, :, start:num_keys] = _norms(values)
-            if 0 < start == self.num_cached:
-                self.value_norms[layer, :, :start] = _cached_norms(chunk.keys)[:, :start]
+        if self.profiling.value_weighting and num_keys == self.num_tokens:
+            self.value_norms[layer] = kernels.value_norms(chunk.keys)
         for run in self.runs:
             first, end = max(run.first, start), min(run.end, num_keys)
             first += (run.first - first) % run.step
             if first >= end:
                 continue
             own = slice(first - start, end - start, run.step)
-            lse = chunk.lse[own] - self.log_weights[first : end : run.step, None, None]
+            lse = chunk.lse[first - first_lse : end - first_lse : run.step]
+            lse = lse - self.log_weights[first : end : run.step, None, None]
             keys = replace(chunk.keys, num_keys=end)
             if self.profiling.peaks:
                 # Queries that stood further back would see what these see of far keys.
@@ -217,15 +213,3 @@ class PromptProfile:
             self.profiling,
             self.observed,
         )
-
-
-def _norms(values: torch.Tensor) -> torch.Tensor:
-    """``[c, H, D]`` to float32 ``[H, c]``."""
-    return values.float().norm(dim=-1).T
-
-
-def _cached_norms(keys: PromptKeys) -> torch.Tensor:
-    """Of the values in a prompt's pages: float32 ``[H, tokens]``, some pages at a time."""
-    values = keys.kv[..., keys.kv.shape[-1] // 2 :]
-    parts = keys.page_table.split(PAGES_AT_ONCE, dim=1)
-    return torch.cat([values[part].float().norm(dim=-1).flatten(1) for part in parts], dim=1)

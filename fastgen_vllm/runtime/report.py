@@ -24,6 +24,33 @@ class KeptAgain:
 
 
 @dataclass(frozen=True)
+class HeadsKept:
+    """What each head kept of a prompt, for who wants to look.
+
+    Attributes:
+        num_layers: heads of a layer follow each other in ``kinds`` and ``shares``.
+        kinds: the components of each head's policy.
+        shares: of the prompt's tokens that each head keeps.
+        positions: in equal parts of the prompt, the share that heads keep on average.
+    """
+
+    num_layers: int
+    kinds: list[str]
+    shares: list[float]
+    positions: list[float]
+
+    @classmethod
+    def of(cls, kept: torch.Tensor, kinds: list[str], parts: int = 64) -> HeadsKept:
+        """``kept``: bool ``[L, H, n]``. Waits for the device once."""
+        by_position = kept.float().mean((0, 1))[None, None]
+        parts = min(parts, kept.shape[-1])
+        pooled = torch.nn.functional.adaptive_avg_pool1d(by_position, parts).flatten()
+        figures = torch.cat([kept.float().mean(-1).flatten(), pooled]).tolist()
+        rounded = [round(figure, 4) for figure in figures]
+        return cls(len(kept), kinds, rounded[:-parts], rounded[-parts:])
+
+
+@dataclass(frozen=True)
 class Kept:
     """What a request kept after its prompt.
 
@@ -37,6 +64,7 @@ class Kept:
         protected_tokens: of the prompt, kept in every head because it was asked for.
         compactions: since then, for its growth or for lack of memory.
         last: what the last of them left.
+        heads: where the engine was asked to show them.
     """
 
     kept_slots: int
@@ -49,6 +77,7 @@ class Kept:
     protected_tokens: int = 0
     compactions: int = 0
     last: KeptAgain | None = None
+    heads: HeadsKept | None = None
 
 
 @dataclass

@@ -16,7 +16,7 @@ from fastgen_vllm.policy.hybrids import hybrids_of
 from fastgen_vllm.policy.protect import SystemPrompts, protect
 from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile, PromptTokens
 from fastgen_vllm.runtime.growth import Growth, slots_in
-from fastgen_vllm.runtime.report import Kept, KeptAgain, PendingReport, StepReport
+from fastgen_vllm.runtime.report import HeadsKept, Kept, KeptAgain, PendingReport, StepReport
 from fastgen_vllm.runtime.step import Prefill, PrefillChunk, Step
 from fastgen_vllm.tensors import to_device
 
@@ -221,7 +221,7 @@ class Runtime:
             slots = step.decode.slots[:, layer]
             self.kernels.write_kv(decoding[1], decoding[2], self.pool.kv, slots)
         for chunk in step.chunks:
-            self._prefill(chunk, layer, query, value, output, scale)
+            self._prefill(chunk, layer, query, output, scale)
         if step.decode is None:
             return
         attended = output if own is None else torch.empty_like(decoding[0])
@@ -236,16 +236,16 @@ class Runtime:
         chunk: PrefillChunk,
         layer: int,
         query: torch.Tensor,
-        value: torch.Tensor,
         output: torch.Tensor,
         scale: float,
     ) -> None:
-        own, value, output = query[chunk.tokens], value[chunk.tokens], output[chunk.tokens]
+        own, output = query[chunk.tokens], output[chunk.tokens]
         keys = PromptKeys(self.pool.of_layer(layer), chunk.page_table, chunk.num_seen)
-        lse = self.kernels.prefill_attention(own, keys, scale, output)
         profile = self.prefills[chunk.request_id].profile
+        first = len(own) if profile is None else profile.first_lse(chunk.first, chunk.num_seen)
+        lse = self.kernels.prefill_attention(own, keys, scale, output, first)
         if profile is not None:
-            profile.add_chunk(self.kernels, layer, PromptChunk(own, value, keys, lse, scale))
+            profile.add_chunk(self.kernels, layer, PromptChunk(own, keys, lse, scale))
 
     def finish_step(self, step: Step, squeeze: Collection[str] = ()) -> PendingReport:
         """Compress the requests whose prompt ended, those that have grown and those that the
@@ -286,10 +286,13 @@ class Runtime:
         del self.prefills[request_id]
         blocks = chunk.blocks.tolist()
         done = self.install(request_id, blocks, choice, prefill.targets, growth)
-        kinds = Counter(hybrid.kind for hybrid in hybrids_of(choice.rules))
+        kinds = [hybrid.kind for hybrid in hybrids_of(choice.rules)]
         report.vacated[request_id] = done.vacated
         given_back = len(blocks) - len(self.tables.blocks[request_id])
-        kept = Kept(done.kept_slots, total, given_back, dict(kinds), prefill.cached_tokens or 0)
+        policies, cached = dict(Counter(kinds)), prefill.cached_tokens or 0
+        kept = Kept(done.kept_slots, total, given_back, policies, cached)
+        if self.config.page:
+            kept = replace(kept, heads=HeadsKept.of(choice.kept, kinds))
         if profile is not None and self.config.method == "fastgen":
             kept = replace(
                 kept,

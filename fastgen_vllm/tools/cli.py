@@ -72,6 +72,7 @@ def bench(
     json_path: options.BenchJson = Path("out/bench.json"),
     rounds: options.Rounds = None,
     dtype: options.DType = "bfloat16",
+    load: options.Loads = None,
     quick: options.QuickBench = False,
 ) -> None:
     """Measure the speed of stock vLLM and of FastGen side by side, with the same KV memory.
@@ -92,7 +93,7 @@ def bench(
     recoveries = tuple(recovery or ()) or ((1.0, None) if method == "fastgen" else (None,))
     check_model(model)
     check_output("--json", json_path)
-    plan = measure.QUICK_PLAN if quick else measure.FULL_PLAN
+    plan = (measure.QUICK_PLAN if quick else measure.FULL_PLAN).only(load or ())
     if rounds is not None:
         plan = replace(plan, rounds=rounds)
     job = measure.Bench(str(model), plan, recoveries, extra, dtype, quick)
@@ -191,6 +192,7 @@ def demo(
     _write_json(summary, out)
     for table in tool.tables(summary):
         Console().print(table)
+    Console().print(tool.gain(summary), style="bold")
     typer.echo(f"The results are in {out}.")
 
 

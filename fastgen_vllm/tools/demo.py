@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from fastgen_vllm.config import FastGenConfig
@@ -25,26 +26,28 @@ KOREAN = (
 
 @dataclass(frozen=True)
 class Load:
-    """What the demo asks of both engines.
+    """What the demo asks of both engines, and how often.
 
     Attributes:
         kv_tokens: what the KV cache of either has room for, in tokens of the full cache.
     """
 
-    num_requests: int = 16
-    prompt_chars: int = 2300
-    max_tokens: int = 48
-    kv_tokens: int = 2560
+    num_requests: int = 12
+    prompt_chars: int = 4300
+    max_tokens: int = 128
+    kv_tokens: int = 4608
+    turns: int = 2
 
     def prompts(self) -> list[str]:
         """Natural prose from the Python language reference, and one Korean text."""
-        text, apart = " ".join(topics["specialnames"].split()), self.prompt_chars + 700
+        text, apart = " ".join(topics["specialnames"].split()), self.prompt_chars + 900
         starts = [i * apart for i in range(self.num_requests - 1)]
-        return [*(text[start : start + self.prompt_chars] for start in starts), KOREAN * 3]
+        return [*(text[start : start + self.prompt_chars] for start in starts), KOREAN * (self.prompt_chars // 860)]
 
 
 DEMO_LOAD = Load()
-"""The memory has room for between four and five requests of the full cache."""
+"""Prompts of about 1,000 tokens; the memory has room for about a third of the requests of the full
+cache."""
 
 
 def suitable_dtype() -> torch.dtype:
@@ -68,28 +71,35 @@ def run_demo(model: str, settings: dict[str, Any], load: Load) -> dict[str, Any]
     }
     batch = Batch([tokenizer.encode(prompt) for prompt in prompts], load.max_tokens)
     # Stock's block size is the smallest that it accepts on a CPU.
+    # Stock's block size is the smallest that it accepts on a CPU.
     with engines({**options, "block_size": 32}, options, settings) as running:
         for engine in running.values():
-            engine.run(Batch([tokenizer.encode("Warm up.")], load.max_tokens))
-        stock, fastgen = running["stock"].run(batch), running["fastgen"].run(batch)
+            engine.run(Batch(batch.prompts[:1], 8))
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
+        for name in [*running] * load.turns:
+            found[name].append(running[name].run(batch))
     answers = [
-        tokenizer.batch_decode(found["answers"], skip_special_tokens=True)
-        for found in (stock, fastgen)
+        tokenizer.batch_decode(found[name][0]["answers"], skip_special_tokens=True)
+        for name in ("stock", "fastgen")
     ]
+    fastgen = found["fastgen"][0]
     return {
         "model": Path(model).name,
         "vllm_version": vllm_version(),
         "dtype": options["dtype"],
         "goal": FastGenConfig.from_dict(settings).description,
+        "turns": load.turns,
         "kv_kept_ratio": fastgen["kv_kept"],
         "kv_bytes": kv_bytes,
-        "max_running_stock": stock["max_running"],
-        "max_running_fastgen": fastgen["max_running"],
-        "tokens_per_s_stock": stock["tokens"] / stock["seconds"],
-        "tokens_per_s_fastgen": fastgen["tokens"] / fastgen["seconds"],
+        **{f"max_running_{name}": max(f["max_running"] for f in found[name]) for name in found},
+        **{
+            f"tokens_per_s_{name}": sum(f["tokens"] for f in found[name])
+            / sum(f["seconds"] for f in found[name])
+            for name in found
+        },
         "outputs": [
-            {"prompt": prompt, "stock": ours, "fastgen": theirs, **report}
-            for prompt, ours, theirs, report in zip(
+            {"prompt": prompt, "stock": stock, "fastgen": ours, **report}
+            for prompt, stock, ours, report in zip(
                 prompts, *answers, fastgen["reports"], strict=True
             )
         ],
@@ -104,15 +114,33 @@ def vllm_version() -> str:
 
 
 def tables(summary: dict[str, Any]) -> tuple[Table, Table]:
-    """For the terminal: the answers, and the figures of both engines."""
-    answers = Table("end of the prompt", "stock vLLM", "FastGen", "KV kept", "blocks vacated")
+    """For a terminal of 80 columns: the answers side by side, and the figures of both engines."""
+    answers = Table("the prompt ends", "stock vLLM", "FastGen", "KV kept", show_lines=True)
     for row in summary["outputs"]:
-        cells = [row["prompt"][-60:], row["stock"][:160], row["fastgen"][:160]]
-        answers.add_row(*cells, f"{row['kv_kept_ratio']:.0%}", str(row["vacated_blocks"]))
-    title = f"{summary['kv_bytes'] >> 20} MiB of KV cache"
-    figures = Table("", "stock vLLM", "FastGen", title=title)
-    for label, key in (("most running at once", "max_running"), ("tokens/s", "tokens_per_s")):
+        cells = [row["prompt"][-30:], row["stock"][:110], row["fastgen"][:110]]
+        answers.add_row(*map(_one_line, cells), f"{row['kv_kept_ratio']:.0%}")
+    figures = Table("", "stock vLLM", "FastGen", title=f"{_memory(summary)} of KV cache")
+    for label, key in (("most requests at once", "max_running"), ("tokens/s", "tokens_per_s")):
         values = (summary[f"{key}_stock"], summary[f"{key}_fastgen"])
         figures.add_row(label, *(f"{value:.4g}" for value in values))
-    figures.add_row("KV kept", "100%", f"{summary['kv_kept_ratio']:.0%}")
+    figures.add_row("KV kept of prompts", "100%", f"{summary['kv_kept_ratio']:.0%}")
     return answers, figures
+
+
+def gain(summary: dict[str, Any]) -> str:
+    """What was gained, in a sentence."""
+    ratio = summary["tokens_per_s_fastgen"] / summary["tokens_per_s_stock"]
+    return (
+        f"In the same {_memory(summary)} of KV cache FastGen ran {summary['max_running_fastgen']} "
+        f"requests at once where stock vLLM ran {summary['max_running_stock']}, and generated "
+        f"{ratio:.2f} times as many tokens a second."
+    )
+
+
+def _memory(summary: dict[str, Any]) -> str:
+    return f"{summary['kv_bytes'] >> 20} MiB"
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and with nothing that the table would take for markup."""
+    return escape(" ".join(text.split()))

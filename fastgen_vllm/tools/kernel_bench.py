@@ -249,7 +249,16 @@ def kernel_figures(shape: ModelShape, dtype: torch.dtype, quick: bool) -> dict[s
         rate = pairs * products * 2 * shape.head_size / seconds / 1e9
         figures.append(KernelFigure(name, seconds * 1e3, rate, "GFLOP/s"))
     return {
+        **machine_rates(dtype),
+        "matmul_bf16_gflop_s": matmul_rate(clock, torch.bfloat16),
+        "kernels": [asdict(figure) for figure in figures],
+    }
+
+
+def machine_rates(dtype: torch.dtype) -> dict[str, float]:
+    """What a CPU reads, and multiplies in a dtype: asked twice, it says how quiet a machine is."""
+    clock = Clock("cpu")
+    return {
         "read_bandwidth_gb_s": read_bandwidth(clock),
         "matmul_gflop_s": matmul_rate(clock, dtype),
-        "kernels": [asdict(figure) for figure in figures],
     }

@@ -48,6 +48,14 @@ BenchJson = Annotated[
         help="The file for the results. A Markdown table and a chart are written beside it.",
     ),
 ]
+Loads = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--load",
+        help="A kind of load: ample, scarce, shared, long or pressure. May be given several "
+        "times. By default it is all of them.",
+    ),
+]
 QuickBench = Annotated[
     bool, typer.Option("--quick", help="Measure small loads only. It takes some minutes.")
 ]

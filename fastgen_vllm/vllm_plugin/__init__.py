@@ -43,17 +43,18 @@ def register() -> None:
         return
     _check_vllm_version()
     register_backend(BACKEND_NAME, _BackendPath(BACKEND_PATH))
-    from vllm.config import VllmConfig
     from vllm.platforms import current_platform
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor
 
-    from fastgen_vllm.vllm_plugin import overrides, settings
+    from fastgen_vllm.vllm_plugin import metrics, overrides, page, settings
 
     platform = type(current_platform)
     _wrap_classmethod(platform, "get_attn_backend_cls", settings.select_backend)
     _wrap_classmethod(platform, "check_and_update_config", settings.check_and_update)
     _wrap(InputProcessor, "process_inputs", overrides.process_inputs)
-    _wrap_property(VllmConfig, "use_v2_model_runner", settings.use_v2_model_runner)
+    _wrap(OutputProcessor, "process_outputs", metrics.process_outputs)
+    _wrap(OutputProcessor, "__init__", page.before_serving)
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -73,11 +74,6 @@ def _wrap_classmethod(owner: type, name: str, wrapper: Callable[..., Any]) -> No
         return wrapper(original, *args, **kwargs)
 
     setattr(owner, name, classmethod(functools.wraps(original)(call)))
-
-
-def _wrap_property(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    original = getattr(owner, name).fget
-    setattr(owner, name, property(functools.partial(wrapper, original)))
 
 
 def _check_vllm_version() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.step import Step
 from fastgen_vllm.vllm_plugin.block_manager import KV_DTYPES, FastGenSpec
 from fastgen_vllm.vllm_plugin.names import BACKEND_NAME
+from fastgen_vllm.vllm_plugin.runners import Batch
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -57,9 +59,10 @@ class FastGenBackend(AttentionBackend):
 
 
 class FastGenMetadataBuilder(AttentionMetadataBuilder[Step]):
-    """Plans the step once for all layers. The worker sets ``runner`` and ``runtime``."""
+    """Plans the step once for all layers. The worker sets the attributes."""
 
     runner: Any
+    current_batch: Callable[[], Batch | None]
     runtime: Runtime
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # abstract in the base class
@@ -70,14 +73,17 @@ class FastGenMetadataBuilder(AttentionMetadataBuilder[Step]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> Step:
-        common = common_attn_metadata
+    ) -> Step | None:
+        batch, common = self.current_batch(), common_attn_metadata
+        if batch is None or not self.runner.fastgen_plans:
+            return None
+        request_ids, token_ids = batch
         step = self.runtime.start_step(
-            self.runner.input_batch.req_ids[: common.num_reqs],
+            request_ids[: common.num_reqs],
             common.query_start_loc_cpu,
             common.seq_lens,
             common.block_table_tensor,
-            self.runner.input_ids.gpu[: common.num_actual_tokens],
+            token_ids[: common.num_actual_tokens],
             common.seq_lens_cpu_upper_bound,
         )
         self.runner.fastgen_step = step
@@ -136,7 +142,7 @@ class FastGenImpl(AttentionImpl[Step]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``query``: ``[tokens, H * G, D]``; ``key``, ``value``: ``[tokens, H, D]``; padded."""
-        if attn_metadata is None:  # warm-up
+        if attn_metadata is None:  # a batch that is made up, to warm up
             return output
         tokens = attn_metadata.num_tokens
         self.runtime.forward(

@@ -9,13 +9,21 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from fastgen_vllm.vllm_plugin import cpu_attention
 from fastgen_vllm.vllm_plugin.worker import FastGenWorkerMixin
 
 
 class FastGenCPUWorker(FastGenWorkerMixin, CPUWorker):
     """vLLM's CPU worker with FastGen."""
 
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        kv = self.runtime.pool.kv
+        cpu_attention.prefer(kv.dtype, kv.shape[-1] // 2)
+
     def sample_tokens(self, grammar_output: Any) -> Any:
+        if self.use_v2_model_runner:
+            return super().sample_tokens(grammar_output)
         with _unfinished_prompts_draw_nothing(self.model_runner):
             return super().sample_tokens(grammar_output)
 

@@ -10,7 +10,6 @@ WORKERS = {
     "cpu": "fastgen_vllm.vllm_plugin.cpu_worker.FastGenCPUWorker",
     "cuda": "fastgen_vllm.vllm_plugin.worker.FastGenGPUWorker",
 }
-V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 LOGGER = "vllm.fastgen"
 """vLLM configures the loggers below its own name only."""

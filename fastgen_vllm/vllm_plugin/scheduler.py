@@ -14,7 +14,9 @@ from vllm.v1.request import Request
 
 from fastgen_vllm.runtime.footprint import MOST_CACHED_PROMPTS
 from fastgen_vllm.runtime.report import Kept, StepReport
+from fastgen_vllm.runtime.traffic import Accounts
 from fastgen_vllm.vllm_plugin.block_manager import FastGenBlockManager, Prompt
+from fastgen_vllm.vllm_plugin.metrics import ACCOUNT
 from fastgen_vllm.vllm_plugin.names import LOGGER
 from fastgen_vllm.vllm_plugin.overrides import override_of
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
@@ -39,6 +41,11 @@ class FastGenSchedulerMixin(SchedulerBase):
         self.block_manager = manager
         self.kept: dict[str, Kept] = {}
         self.stops_at_strings: set[str] = set()
+        names = self.vllm_config.model_config.served_model_name
+        model = names if isinstance(names, str) else names[0]
+        index = self.vllm_config.parallel_config.data_parallel_index
+        self.accounts = Accounts({"model": model, "engine": index})
+        self.block_bytes = len(group.layer_names) * group.kv_cache_spec.page_size_bytes
         manager.most_cached_tokens = MOST_CACHED_PROMPTS * self.max_model_len
         config = self.config = fastgen_config(self.vllm_config)
         self.debug = config.debug
@@ -166,7 +173,39 @@ class FastGenSchedulerMixin(SchedulerBase):
             self.apply_report(report, scheduler_output.fastgen_step)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._tell_before_stop_strings(outputs)
+        if self.log_stats:
+            self._tell_account(outputs)
         return outputs
+
+    def _tell_account(self, outputs: Any) -> None:
+        """On some output of this step, to whatever API server it goes: see ``metrics``."""
+        told = [output for each in outputs.values() for output in each.outputs]
+        last = any(o.finished or o.request_id in self.stops_at_strings for o in told)
+        if told and self.accounts.due(last):
+            account = self.accounts.tell(self._held())
+            told[-1].kv_transfer_params = {
+                **(told[-1].kv_transfer_params or {}),
+                ACCOUNT: account,
+            }
+        traffic = self.accounts.to_log()
+        if traffic is not None:
+            saved = self._held()["kv_saved_bytes"] / 2**20
+            logger.info("FASTGEN, last minute: %s; %.0f MiB of KV saved now", traffic, saved)
+
+    def _held(self) -> dict[str, int]:
+        """What requests that decode hold of the pool."""
+        manager = self.block_manager
+        owned = whole = 0
+        for request_id in manager.free_pages:
+            owned += len(manager.owned_blocks(request_id))
+            whole += len(manager.req_to_blocks[request_id])
+        return {
+            "kv_held_bytes": owned * self.block_bytes,
+            "kv_saved_bytes": max(0, whole - owned) * self.block_bytes,
+            "free_pages": sum(manager.free_pages.values()),
+            "running": len(self.running),
+            "waiting": len(self.waiting),
+        }
 
     def _tell_before_stop_strings(self, outputs: Any) -> None:
         """The front end finds a stop string, and takes what it then tells from the output that
@@ -181,17 +220,20 @@ class FastGenSchedulerMixin(SchedulerBase):
 
     def apply_report(self, report: StepReport, step: int) -> None:
         """Take back what was vacated in ``step``; later steps may have been planned since."""
-        manager = self.block_manager
+        manager, traffic = self.block_manager, self.accounts.traffic
         left, given = manager.left_since(step), manager.given_since(step)
         alive = [r for r in report.free_pages if r in manager.req_to_blocks and r not in left]
         for request_id in alive:
-            manager.vacate(request_id, report.vacated.get(request_id, ()))
+            vacated = report.vacated.get(request_id, ())
+            manager.vacate(request_id, vacated)
+            traffic.vacated_blocks += len(vacated)
             since = len(given.get(request_id, ())) * manager.pages_per_block
             manager.free_pages[request_id] = report.free_pages[request_id] + since
             if request_id in report.kept:
                 self._remember(request_id, report.kept[request_id])
             if request_id in report.kept_again:
-                manager.squeezing.pop(request_id, None)
+                traffic.compactions += 1
+                traffic.squeezes += manager.squeezing.pop(request_id, None) is not None
                 before, last = self.kept[request_id], report.kept_again[request_id]
                 again = replace(before, compactions=before.compactions + 1, last=last)
                 self.kept[request_id] = again
@@ -200,7 +242,11 @@ class FastGenSchedulerMixin(SchedulerBase):
 
     def _remember(self, request_id: str, kept: Kept) -> None:
         self.kept[request_id] = kept
-        sampling_params = self.requests[request_id].sampling_params
+        request = self.requests[request_id]
+        sampling_params, n = request.sampling_params, request.num_prompt_tokens
+        override = override_of(self.config, sampling_params)
+        self.accounts.traffic.add_prompt(n, kept, self.config.why_whole(n, override))
+        self.accounts.show(request_id, n, kept)
         if sampling_params is not None and sampling_params.stop:
             self.stops_at_strings.add(request_id)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm import envs
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
@@ -18,7 +17,6 @@ from fastgen_vllm.vllm_plugin.names import (
     BACKEND_PATH,
     LOGGER,
     SCHEDULER,
-    V2_RUNNER,
     WORKERS,
 )
 
@@ -53,16 +51,6 @@ def fastgen_config(vllm_config: Any) -> FastGenConfig:
     return config
 
 
-def use_v2_model_runner(original: Callable[..., bool], vllm_config: Any) -> bool:
-    """Wraps the property of ``VllmConfig``: the V1 model runner, where V2 is only vLLM's default.
-
-    The configuration travels to every process of the engine, and other engines have their own.
-    """
-    if chosen(vllm_config) and envs.VLLM_USE_V2_MODEL_RUNNER is None:
-        return False
-    return original(vllm_config)
-
-
 def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
     """Wraps ``Platform.check_and_update_config``."""
     _check_backend_per_kind(vllm_config.attention_config)
@@ -82,7 +70,7 @@ def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
     if device == "cuda":
         # Captured decode steps have not been shown right on a device, so they are not switched on.
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        logger.info("FASTGEN: V1 model runner, CUDA graphs off")
+        logger.info("FASTGEN: CUDA graphs off")
     if cache.user_specified_block_size and cache.block_size != config.block_size:
         raise FastGenConfigError(
             f"--block-size {cache.block_size} and fastgen.block_size {config.block_size} differ; "
@@ -110,10 +98,6 @@ def _unsupported(vllm_config: Any) -> list[str]:
     device = vllm_config.device_config.device_type
     problems = [
         (device not in WORKERS, f"device {device} (only CPU and CUDA); choose another backend"),
-        (
-            vllm_config.use_v2_model_runner,
-            f"the V2 model runner; leave {V2_RUNNER} out or set it to 0",
-        ),
         (
             str(cache.cache_dtype) not in ("auto", "float32", "float16", "bfloat16"),
             f"quantised KV cache; --kv-cache-dtype {cache.cache_dtype}, use auto",

@@ -24,6 +24,7 @@ from fastgen_vllm.runtime.warm_up import warm_up
 from fastgen_vllm.vllm_plugin import flash_attention
 from fastgen_vllm.vllm_plugin.names import LOGGER
 from fastgen_vllm.vllm_plugin.overrides import decodes, override_of
+from fastgen_vllm.vllm_plugin.runners import current_batch
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
 
 logger = init_logger(LOGGER)
@@ -35,11 +36,16 @@ else:
 
 
 class FastGenWorkerMixin(WorkerBase):
-    """Over a vLLM worker with the V1 model runner."""
+    """Over a vLLM worker with either model runner."""
 
     runtime: Runtime
     hashed: HashedBlocks
     pending: PendingReport | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sampling_params: dict[str, Any] = {}
+        """Of the requests that have begun and not finished."""
 
     def determine_available_memory(self: Any) -> int:
         """Bytes for the KV cache: what vLLM finds less what FastGen needs beside it.
@@ -120,27 +126,33 @@ class FastGenWorkerMixin(WorkerBase):
         for layer in layers:
             layer.impl.layer_index = layer.kv_cache.storage_offset() // stride
             layer.impl.runtime = self.runtime
+        batch = current_batch(runner, self.use_v2_model_runner)
         for attn_group in runner.attn_groups[0]:
             for builder in attn_group.metadata_builders:
                 builder.runner, builder.runtime = runner, self.runtime
+                builder.current_batch = batch
 
     @torch.inference_mode()
     def execute_model(self: Any, scheduler_output: Any) -> Any:
+        runner = self.model_runner
+        runner.fastgen_step = self.pending = None
+        # To warm up, the V2 runner is given batches that no scheduler of ours has planned.
+        runner.fastgen_plans = hasattr(scheduler_output, "fastgen_step")
+        if not runner.fastgen_plans:
+            return super().execute_model(scheduler_output)
         self._follow(scheduler_output)
-        self.model_runner.fastgen_step = None
         output = super().execute_model(scheduler_output)
-        step = self.model_runner.fastgen_step
+        step = runner.fastgen_step
         squeeze = scheduler_output.fastgen_squeeze
-        self.pending = None if step is None else self._finish_step(step, squeeze)
+        if step is not None:
+            self.pending = self._finish_step(step, squeeze)
         if self.runtime.config.debug:
             self.hashed.check(scheduler_output.fastgen_hashed)
         return output
 
     def _finish_step(self: Any, step: Step, squeeze: list[str]) -> PendingReport:
-        requests = self.model_runner.requests
-        chunks = [
-            chunk for chunk in step.chunks if decodes(requests[chunk.request_id].sampling_params)
-        ]
+        params = self.sampling_params
+        chunks = [chunk for chunk in step.chunks if decodes(params[chunk.request_id])]
         return self.runtime.finish_step(replace(step, chunks=chunks), squeeze)
 
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
@@ -156,26 +168,26 @@ class FastGenWorkerMixin(WorkerBase):
         runtime = self.runtime
         for request_id in scheduler_output.finished_req_ids:
             runtime.release(request_id)
+            self.sampling_params.pop(request_id, None)
         for request_id in scheduler_output.preempted_req_ids or ():
             runtime.release(request_id)
         for new in scheduler_output.scheduled_new_reqs:
-            tokens = new.prompt_token_ids
-            self._begin(new.req_id, tokens, len(tokens), new.sampling_params)
+            self.sampling_params[new.req_id] = new.sampling_params
+            # The V2 runner gets resumed requests as new ones, with what they have generated.
+            tokens = new.prefill_token_ids or new.prompt_token_ids
+            self._begin(new.req_id, tokens, new.prompt_len)
         cached = scheduler_output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             if request_id in cached.resumed_req_ids:
-                state = self.model_runner.requests[request_id]
-                tokens = cached.all_token_ids[request_id]
-                self._begin(request_id, tokens, state.num_prompt_tokens, state.sampling_params)
+                sent = self.model_runner.requests[request_id].num_prompt_tokens
+                self._begin(request_id, cached.all_token_ids[request_id], sent)
             elif cached.new_block_ids[i] is not None:
                 runtime.grant(request_id, cached.new_block_ids[i][0])
         for request_id, blocks in scheduler_output.fastgen_targets.items():
             runtime.compact_into(request_id, blocks)
 
-    def _begin(
-        self: Any, request_id: str, tokens: list[int], prompt_tokens: int, sampling_params: Any
-    ) -> None:
-        config = self.runtime.config
+    def _begin(self: Any, request_id: str, tokens: list[int], prompt_tokens: int) -> None:
+        config, sampling_params = self.runtime.config, self.sampling_params[request_id]
         override = override_of(config, sampling_params)
         most = None if sampling_params is None else sampling_params.max_tokens
         longest = None if most is None else prompt_tokens + most

@@ -108,6 +108,24 @@ def prefill_and_mass(
             assert (mass[:, :, m:] == 1).all()
 
 
+def last_lse(
+    kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed: int = 0
+) -> None:
+    """The log-sum-exps of a chunk's last queries, of one and of none."""
+    torch.manual_seed(seed)
+    prompt = Prompt.random(kernels, c, m, group, 64, dtype)
+    query, key = prompt.query.double(), prompt.key.double()
+    scores = torch.einsum("qhgd,khd->qhgk", query, key) * SCALE
+    causal = torch.ones(c, m).tril(m - c).bool()[:, None, None]
+    wanted = scores.masked_fill(~causal, float("-inf")).logsumexp(-1)
+    attended = torch.einsum("hgqk,khd->qhgd", prompt.probs(), prompt.value.double())
+    for first in (c - c // 3, c - 1, c):
+        output = torch.full_like(prompt.query, float("nan"))
+        lse = kernels.prefill_attention(prompt.query, prompt.keys, SCALE, output, first)
+        close(output, attended, dtype)
+        close(lse, wanted[first:], dtype)
+
+
 def peaks(kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed: int = 0) -> None:
     """The most of any query and the sum, every one or every third, beside what was there; and of
     queries that stand further back, before the first key even."""
@@ -135,6 +153,13 @@ def peaks(kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed
     far = torch.arange(m - c, m)[:, None] - torch.arange(m) >= back
     close(found, (probs * far).amax((1, 2)), dtype)
     close(sums, (probs * far).sum((1, 2)), dtype)
+
+
+def value_norms(kernels: Kernels, m: int, block_size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(m)
+    prompt = Prompt.random(kernels, 1, m, 1, 64, dtype, block_size)
+    wanted = prompt.value.double().norm(dim=-1).T
+    torch.testing.assert_close(kernels.value_norms(prompt.keys).double(), wanted)
 
 
 def head_and_block_size(

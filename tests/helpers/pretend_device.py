@@ -80,6 +80,9 @@ class OnDevice(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def data_ptr(self) -> int:
+        return self.on_cpu.data_ptr()
+
     def pin_memory(self) -> Any:
         raise AssertionError("only tensors of the CPU can be pinned")
 
@@ -113,6 +116,10 @@ class PretendDevice(TorchDispatchMode):
         self._tensors_of[at] += 1
         weakref.finalize(tensor, self._gone, at, size)
         return tensor
+
+    def view_of(self, tensor: torch.Tensor) -> OnDevice:
+        """The same memory, as pinned memory is seen from a GPU."""
+        return self._made(OnDevice(tensor))
 
     def _gone(self, at: int, size: int) -> None:
         self._tensors_of[at] -= 1

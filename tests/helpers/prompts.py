@@ -61,7 +61,7 @@ class Prompt:
             output = torch.empty_like(part)
             keys = PromptKeys(pages, page_table, end)
             lse = reference.prefill_attention(part, keys, 0.5, output)
-            chunk_of_layer = PromptChunk(part, value[start:end], keys, lse, 0.5)
+            chunk_of_layer = PromptChunk(part, keys, lse, 0.5)
             profile.add_chunk(kernels, 0, chunk_of_layer)
         scores = torch.einsum("qhgd,khd->hgqk", query, key) * 0.5
         causal = torch.ones(n, n).tril().bool()

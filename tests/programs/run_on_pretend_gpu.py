@@ -1,5 +1,6 @@
-"""A program: a small engine with FastGen on vLLM's CUDA platform, worker and V1 runner, with the
-pretend device for a GPU; or, given ``cpu``, on vLLM's CPU worker. Prints a line of JSON.
+"""A program: a small engine with FastGen on vLLM's CUDA platform and worker, with the pretend
+device for a GPU, and the model runner that is named, ``v1`` or ``v2``; or, given ``cpu``, on vLLM's
+CPU worker. Prints a line of JSON.
 
 What is vLLM's runs as on a GPU but for three things: the model's own operations are PyTorch's, its
 weights are loaded on the CPU and then moved, and streams and events do nothing.
@@ -8,6 +9,7 @@ weights are loaded on the CPU and then moved, and streams and events do nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -35,7 +37,7 @@ def generate(model: str) -> dict[str, Any]:
         max_num_seqs=4,
         compilation_config={"mode": 0, "custom_ops": ["none"]},
         additional_config={"fastgen": {"min_prompt_tokens": 32, "debug": True}},
-        **({"kv_cache_memory_bytes": MEMORY // 2} if "cpu" in sys.argv else {}),
+        **({"kv_cache_memory_bytes": MEMORY // 2} if sys.argv[2] == "cpu" else {}),
     )
     prompts = [{"prompt_token_ids": [i * i % 40_009 for i in range(n)]} for n in (90, 33, 300)]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=18))
@@ -44,6 +46,7 @@ def generate(model: str) -> dict[str, Any]:
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "kept": [output.kv_transfer_params["fastgen"]["kv_kept_ratio"] for output in outputs],
         "worker": type(worker).__name__,
+        "runner": type(worker.model_runner).__module__,
         "kernels": worker.runtime.kernels.NAME,
         "report_lag": worker.runtime.report_lag,
     }
@@ -53,7 +56,7 @@ def on_pretend_gpu(model: str) -> dict[str, Any]:
     pretend_device.DEVICE = DEVICE
     with pretend_device.pretend_device() as mode:
         pretend_driver(mode)
-        pretend_cuda_build()
+        pretend_cuda_build(mode)
         load_on_cpu_then_move()
         figures = generate(model)
         library, attend = libraries.choose(torch.bfloat16)
@@ -113,7 +116,7 @@ def pretend_driver(mode: pretend_device.PretendDevice) -> None:
     }
 
 
-def pretend_cuda_build() -> None:
+def pretend_cuda_build(mode: pretend_device.PretendDevice) -> None:
     """This vLLM is the CPU's build: it has no CUDA operations, and would switch Triton off."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Triton is not asked for its driver
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
@@ -121,6 +124,7 @@ def pretend_cuda_build() -> None:
         sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
     torch.ops._vllm_fa3_C = SimpleNamespace(fwd=flash_attention_3)
     torch.ops._C.silu_and_mul = None
+    torch.ops._C.get_cuda_view_from_cpu_tensor = mode.view_of
 
     from vllm import platforms
 
@@ -183,28 +187,32 @@ def differs(attend: libraries.Attend) -> float:
 
 def load_on_cpu_then_move() -> None:
     from vllm.v1.worker import gpu_worker
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    load = GPUModelRunner.load_model
-
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.load_config.device = "cpu"
-        load(self, *args, **kwargs)
-        for module in self.model.modules():
-            move(module._parameters)
-            move(module._buffers)
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1
 
     def move(tensors: dict[str, Any]) -> None:
         for name, tensor in tensors.items():
             if tensor is not None:
                 tensors[name] = tensor.detach().to(DEVICE)
 
-    GPUModelRunner.load_model = load_model
+    def load_then_move(load: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        self.load_config.device = "cpu"
+        load(self, *args, **kwargs)
+        for module in self.model.modules():
+            move(module._parameters)
+            move(module._buffers)
+
+    for runner in (V1, V2):
+        runner.load_model = functools.partialmethod(
+            functools.partial(load_then_move, runner.load_model)
+        )
     # Warming up asks for random generators of the device, and for the kernels of every model.
-    GPUModelRunner._dummy_sampler_run = lambda self, hidden_states: None
+    V1._dummy_sampler_run = lambda self, hidden_states: None
     gpu_worker.kernel_warmup = lambda worker: None
 
 
 if __name__ == "__main__":
-    run = generate if "cpu" in sys.argv else on_pretend_gpu
+    if sys.argv[2] == "v1":
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 is what vLLM takes
+    run = generate if sys.argv[2] == "cpu" else on_pretend_gpu
     print(json.dumps(run(sys.argv[1])))

@@ -10,6 +10,7 @@ import pytest
 from fastgen_vllm.config import BUDGET
 from fastgen_vllm.tools.bench.measure import QUICK_PLAN, Bench, Plan, Scenario, run_bench
 from fastgen_vllm.tools.bench.report import chart, markdown, summary
+from fastgen_vllm.tools.inputs import InputError
 
 WHOLE, COMPRESSED = "FastGen, recovery 1", f"FastGen, kv_budget {BUDGET:g}"
 
@@ -27,6 +28,14 @@ def test_memory_of_both_groups(model: str) -> None:
     assert ample["max_model_len"] == 1024 + 32
     scarce = bench.engine_options(QUICK_PLAN.ample, 0.25)
     assert scarce == {**ample, "kv_cache_memory_bytes": largest // 4}
+
+
+def test_loads_by_name() -> None:
+    plan = QUICK_PLAN.only(["shared", "scarce"])
+    assert list(plan.groups) == ["scarce", "shared_ample", "shared_scarce"]
+    assert plan.rounds == QUICK_PLAN.rounds and QUICK_PLAN.only([]) == QUICK_PLAN
+    with pytest.raises(InputError, match=r"no load 'long'.*one of ample, scarce, shared"):
+        QUICK_PLAN.only(["long"])
 
 
 def figures(seconds: float, decode_tokens: int) -> dict[str, Any]:
@@ -71,8 +80,11 @@ def test_tiny_bench(model: str, tmp_path: Path) -> None:
     assert two["variants"][COMPRESSED]["kv_kept"] == 1.0, "too short to be compressed"
     assert 0.5 < six["variants"][COMPRESSED]["kv_kept"] < 0.65, "256 of 400 tokens' memory"
     # The report shows both groups; the ample one stands in for engines of its own.
-    results["ample"] = {"kv_bytes": 64 << 20, "scenarios": [two]}
+    changed = {"read_bandwidth_gb_s": 0.7, "matmul_gflop_s": 1.1}
+    results["scarce"]["rates_after"] = {key: 1.0 for key in results["scarce"]["rates_after"]}
+    results["ample"] = {"kv_bytes": 64 << 20, "scenarios": [two], "rates_after": changed}
     table = markdown(results)
+    assert table.count("**The machine was not quiet.** The machine read 0.70 times") == 1
     assert table.index("### Ample KV memory (64 MiB)") < table.index("### Scarce KV memory")
     assert table.count(f"| {COMPRESSED} |") == 3 and "decode attention, with scores" in table
     chart(results, tmp_path / "chart.png")

@@ -13,13 +13,13 @@ from fastgen_vllm.tools import demo
 from fastgen_vllm.tools.cli import app
 from fastgen_vllm.tools.models import ModelShape
 
-SMALL = demo.Load(num_requests=4, prompt_chars=2300, max_tokens=4, kv_tokens=1024)
+SMALL = demo.Load(num_requests=4, prompt_chars=2300, max_tokens=4, kv_tokens=1024, turns=1)
 
 
 def test_prompts_of_the_demo() -> None:
     prompts = demo.DEMO_LOAD.prompts()
-    assert len(set(prompts)) == 16
-    assert all(len(prompt) == 2300 for prompt in prompts[:-1])
+    assert len(set(prompts)) == 12
+    assert all(len(prompt) == 4300 for prompt in prompts[:-1])
     assert "한국" in prompts[-1]
 
 
@@ -28,9 +28,11 @@ def test_small_demo(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(demo, "DEMO_LOAD", SMALL)
     out, settings = tmp_path / "new" / "demo.json", {"kv_budget": 0.3, "min_prompt_tokens": 64}
     arguments = ["demo", model, "--settings", json.dumps(settings), "--out", str(out)]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
-    assert "most running at once" in result.output and str(out) in result.output
+    lines = result.output.splitlines()
+    assert max(map(len, lines[:-1])) <= 80 and "most requests at once" in result.output
+    assert "times as many tokens a second" in " ".join(lines) and str(out) in result.output
     found = json.loads(out.read_text(encoding="utf-8"))
     dtype = getattr(torch, found["dtype"])
     assert found["kv_bytes"] == 1024 * ModelShape.from_folder(model).kv_bytes_per_token(dtype)

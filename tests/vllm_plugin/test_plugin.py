@@ -1,6 +1,5 @@
 """Registration, refusals, and vLLM untouched where our backend is not chosen."""
 
-import os
 import pickle
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import SamplingParams, envs
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
@@ -22,7 +21,7 @@ from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.vllm_plugin import overrides, register
 from fastgen_vllm.vllm_plugin.block_manager import FastGenSpec
-from fastgen_vllm.vllm_plugin.names import SCHEDULER, V2_RUNNER, WORKERS
+from fastgen_vllm.vllm_plugin.names import SCHEDULER, WORKERS
 from fastgen_vllm.vllm_plugin.worker import FastGenWorkerMixin, _check_alike
 
 
@@ -49,19 +48,6 @@ def test_stock_is_untouched(model: str) -> None:
     assert "fastgen" not in config.parallel_config.worker_cls.lower()
     assert config.cache_config.enable_prefix_caching is True
     assert config.cache_config.block_size == 128
-
-
-def test_v1_runner_is_this_engines_only(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(V2_RUNNER, raising=False)
-    ours, stock = config_of(model), config_of(model, attention_backend=None)
-    # vLLM's default is V2 where there is Triton, which it does not use on CPU.
-    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    assert V2_RUNNER not in os.environ
-    assert (ours.use_v2_model_runner, stock.use_v2_model_runner) == (False, True)
-    # Not in the environment: vLLM does not read it again once there was an engine.
-    monkeypatch.setitem(vars(envs), V2_RUNNER, True)
-    with pytest.raises(ValueError, match=f"V2 model runner; leave {V2_RUNNER} out"):
-        config_of(model)
 
 
 def test_registering_twice_is_harmless() -> None:

@@ -204,3 +204,44 @@ def test_seeded_prompt_in_chunks(client: openai.OpenAI) -> None:
     texts = [choice.text for choice in first.choices]
     assert texts == [choice.text for choice in second.choices]
     assert len(set(texts)) == 4
+
+
+def metrics(client: openai.OpenAI) -> dict[str, float]:
+    """FastGen's, by name and reason."""
+    page = httpx.get(str(client.base_url).replace("/v1/", "/metrics")).text
+    found: dict[str, float] = {}
+    for name, labels, value in re.findall(r"^fastgen:(\w+)\{(.*)\} (\S+)$", page, re.MULTILINE):
+        if "_bucket" not in name and "_created" not in name:
+            assert 'model_name="small"' in labels and 'engine="0"' in labels
+            reason = re.search(r'reason="(\w+)"', labels)
+            found[f"{name} {reason[1]}" if reason else name] = float(value)
+    return found
+
+
+@pytest.mark.engine
+def test_metrics_add_up(client: openai.OpenAI) -> None:
+    """To what requests tell themselves, streamed, stopped and aborted ones among them."""
+    whole, told = ask(client, False, False, {})  # so that every metric is there
+    assert told is not None
+    before = metrics(client)
+    summaries = [ask(client, False, False, {"fastgen_recovery": 0.5 + i / 20})[1] for i in range(8)]
+    ask(client, False, True, {})
+    ask(client, False, False, {}, stop=[whole.split()[3]])
+    aborted = client.completions.create(model="small", prompt=QUESTION, max_tokens=400, stream=True)
+    next(iter(aborted))
+    aborted.close()
+    summaries += [told] * 3
+    for xargs in ({"fastgen_compress": False}, {"fastgen_recovery": 1}):
+        ask(client, False, False, xargs)
+    complete(client, "Hello")
+    complete(client, "Hello")  # its end tells what the aborted one left untold
+    after = metrics(client)
+    changed = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    ratios = [each["kv_kept_ratio"] for each in summaries if each]
+    assert len(ratios) == 11 == changed["kv_kept_ratio_count"] == changed["prompt_tokens_count"]
+    assert changed["kv_kept_ratio_sum"] == pytest.approx(sum(ratios))
+    vacated = sum(each["vacated_blocks"] for each in summaries if each)
+    assert changed["vacated_blocks_total"] == vacated > 0
+    assert changed["prompts_kept_whole_total asked"] == 2
+    assert changed["prompts_kept_whole_total short"] == 2
+    assert after["kv_held_bytes"] == after["kv_saved_bytes"] == after["free_pages"] == 0

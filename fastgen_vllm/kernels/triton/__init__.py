@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastgen_vllm.kernels.libraries import prefill_attention
-from fastgen_vllm.kernels.reference import prepare
+from fastgen_vllm.kernels.reference import prepare, value_norms
 from fastgen_vllm.kernels.triton.attention_mass import attention_mass
 from fastgen_vllm.kernels.triton.attention_peaks import attention_peaks
 from fastgen_vllm.kernels.triton.decode_attention import decode_attention
@@ -27,6 +27,7 @@ __all__ = [
     "plan_decode",
     "prefill_attention",
     "prepare",
+    "value_norms",
     "write_kv",
 ]
 

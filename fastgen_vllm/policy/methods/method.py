@@ -77,8 +77,12 @@ def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 def highest_of_each(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """bool ``[L, H, n]``, where the ``counts`` ``[L, H]`` highest of each head are."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    first = torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]
+    return first_of_each(scores.sort(dim=-1, descending=True, stable=True).indices, counts)
+
+
+def first_of_each(order: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """bool ``[L, H, n]``, where the first ``counts`` ``[L, H]`` of each head's ``order`` are."""
+    first = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
     return torch.zeros_like(first).scatter_(-1, order, first)
 
 

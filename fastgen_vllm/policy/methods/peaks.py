@@ -8,7 +8,7 @@ import torch
 from fastgen_vllm.kernels.contract import UNBOUNDED, HeadRules
 from fastgen_vllm.policy.choice import Choice, Goal, Profiling, PromptStats, SlotStats, pages_within
 from fastgen_vllm.policy.hybrids import FULL, Hybrid, Ladder
-from fastgen_vllm.policy.methods.method import Method, highest_of_each
+from fastgen_vllm.policy.methods.method import Method, first_of_each
 from fastgen_vllm.tensors import RATIO_UNIT, layers_at_once
 
 POOL_WEIGHT, POOL_BEFORE, POOL_AFTER = 0.1, 64, 4
@@ -89,11 +89,16 @@ def _take(
         lengths: of the heads, or ``[L, H]``.
         n: tokens of the sequence.
     """
-    chosen = _counts(rank, page, room).clamp(max=lengths)
+    order = torch.empty_like(rank, dtype=torch.int32)
+    opening = rank.new_empty((*rank.shape[:2], -(-rank.shape[-1] // page)))
+    for layers in layers_at_once(order):
+        values, order[layers] = rank[layers].sort(dim=-1, descending=True, stable=True)
+        opening[layers] = values[..., ::page]
+    chosen = _counts(rank, opening.flatten(), room).clamp(max=lengths)
     counts = (-(-chosen // page) * page).clamp(max=lengths)
     kept = torch.empty_like(rank, dtype=torch.bool)
     for layers in layers_at_once(kept):
-        kept[layers] = highest_of_each(rank[layers], counts[layers])
+        kept[layers] = first_of_each(order[layers].long(), counts[layers])
     # A head of which nothing was chosen is local, though its last page is filled.
     frequent = (kept & ~always).sum(-1) * (chosen > always.sum(-1))
     return _rules(ladder, frequent, counts >= n, n), kept
@@ -119,17 +124,20 @@ def _sticky(ladder: Ladder, stats: PromptStats) -> torch.Tensor:
     return (stats.token_classes & ladder.rules.sticky_kinds[0]) != 0
 
 
-def _counts(rank: torch.Tensor, page: int, room: int) -> torch.Tensor:
-    """Keys of each head down to the lowest rank at which their pages fit: int64 ``[L, H]``."""
-    ordered = rank.flatten().sort(descending=True).values
-    low = torch.zeros(1, dtype=torch.int64, device=rank.device)
-    high = torch.full_like(low, len(ordered) - 1)
-    for _ in range(len(ordered).bit_length()):
-        middle = (low + high + 1) // 2
-        used = -(-(rank >= ordered.gather(0, middle)).sum(-1) // page)
-        fits = used.sum() <= room
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
-    return (rank >= ordered.gather(0, low)).sum(-1)
+def _counts(rank: torch.Tensor, opening: torch.Tensor, room: int) -> torch.Tensor:
+    """Keys of each head down to the lowest rank at which their pages fit, or to the highest of all
+    where not even those do: int64 ``[L, H]``.
+
+    ``opening``: the ranks, of all heads, that open a page. So many pages are in use down to a rank
+    as are opened by it or a higher one.
+    """
+    ordered = opening.sort(descending=True).values
+    chosen = rank == ordered[0]
+    if room < len(ordered):
+        chosen |= rank > ordered[room]
+    else:
+        chosen.fill_(True)
+    return chosen.sum(-1)
 
 
 def _rules(ladder: Ladder, frequent: torch.Tensor, full: torch.Tensor, n: int) -> HeadRules:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.tools.bench.report import summary
 from fastgen_vllm.tools.engine import Batch, engines
 from fastgen_vllm.tools.inputs import InputError
-from fastgen_vllm.tools.kernel_bench import kernel_figures
+from fastgen_vllm.tools.kernel_bench import kernel_figures, machine_rates
 from fastgen_vllm.tools.machine import machine
 from fastgen_vllm.tools.models import ModelShape, load_tokenizer
 from fastgen_vllm.tools.texts import natural_text
@@ -67,6 +68,20 @@ class Plan:
     long: tuple[Scenario, ...] = ()
     pressure: tuple[Scenario, ...] = ()
     rounds: int = 1
+
+    def only(self, loads: Sequence[str]) -> Plan:
+        """The loads of these names, or all of them where none is named.
+
+        Raises:
+            InputError: there is no such load.
+        """
+        known = [field.name for field in fields(self) if field.name != "rounds"]
+        there = [name for name in known if getattr(self, name)]
+        for name in loads:
+            if name not in there:
+                raise InputError(f"There is no load {name!r}. Name one of {', '.join(there)}.")
+        left_out: dict[str, Any] = {n: () for n in known if loads and n not in loads}
+        return replace(self, **left_out)
 
     @property
     def groups(self) -> dict[str, tuple[tuple[Scenario, ...], float]]:
@@ -190,13 +205,17 @@ def run_bench(bench: Bench) -> dict[str, Any]:
         "dtype": bench.dtype,
         "rounds": bench.plan.rounds,
         "kv_bytes_per_token": bench.kv_bytes_per_token,
+        "load_average": os.getloadavg()[0],
     }
     with Progress() as progress:
         task = progress.add_task("kernels", total=1)
         results["micro"] = _kernel_figures(bench)
         progress.advance(task)
         for group, (scenarios, share) in bench.plan.groups.items():
+            before = machine_rates(bench.torch_dtype)
             results[group] = measure_group(bench, group, scenarios, share, text, progress)
+            after = machine_rates(bench.torch_dtype)
+            results[group]["rates_after"] = {key: after[key] / before[key] for key in before}
     return results
 
 

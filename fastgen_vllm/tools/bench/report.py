@@ -17,6 +17,8 @@ GROUPS = {
 }
 LIMITS = {"GB/s": "read_bandwidth_gb_s", "GFLOP/s": "matmul_gflop_s"}
 """By the unit of a kernel's rate, the machine's own rate."""
+QUIET = 1.2
+"""A machine whose rates changed by more than this factor was busy with something else."""
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -59,15 +61,27 @@ def markdown(results: dict[str, Any]) -> str:
     """The tables of ``docs/results/cpu.md``."""
     lines = [
         f"{results['model']}, {results['dtype']}, eager, {results['machine']}, "
-        f"{results['date']}. The figures are medians of {results['rounds']} rounds in which the "
-        "engines took turns, and `x` marks the ratio to stock.",
+        f"{results['date']}, load average {results['load_average']:.1f} before. The figures are "
+        f"medians of {results['rounds']} rounds in which the engines took turns, and `x` marks the "
+        "ratio to stock.",
         "",
     ]
     for group, title in GROUPS.items():
         if group in results:
             lines += [f"### {title} ({results[group]['kv_bytes'] >> 20} MiB)", ""]
             lines += [*_group_table(results[group]["scenarios"]), ""]
-    return "\n".join([*lines, *_kernel_table(results["micro"])]) + "\n"
+            lines += [_quietness(results[group]["rates_after"]), ""]
+    return "\n".join([*lines, *_kernel_table(results["micro"], results["dtype"])]) + "\n"
+
+
+def _quietness(rates_after: dict[str, float]) -> str:
+    """What the machine's rates were after the measurement, relative to before."""
+    read, product = rates_after["read_bandwidth_gb_s"], rates_after["matmul_gflop_s"]
+    noisy = any(not 1 / QUIET < rate < QUIET for rate in rates_after.values())
+    return ("**The machine was not quiet.** " if noisy else "") + (
+        f"The machine read {read:.2f} times as fast after this as before, and multiplied "
+        f"{product:.2f} times as fast."
+    )
 
 
 def _group_table(scenarios: list[dict[str, Any]]) -> Iterator[str]:
@@ -98,10 +112,11 @@ def _with_ratio(line: dict[str, Any], key: str, digits: int) -> str:
     return f"{line[key]:.{digits}f} ({line['ratio'][key]:.2f}x)"
 
 
-def _kernel_table(micro: dict[str, Any]) -> Iterator[str]:
+def _kernel_table(micro: dict[str, Any], dtype: str) -> Iterator[str]:
     yield (
         f"### Kernels (one layer; the machine reads {micro['read_bandwidth_gb_s']:.1f} GB/s and "
-        f"multiplies {micro['matmul_gflop_s']:.0f} GFLOP/s)"
+        f"multiplies {micro['matmul_gflop_s']:.0f} GFLOP/s in {dtype}, "
+        f"{micro['matmul_bf16_gflop_s']:.0f} in bfloat16)"
     )
     yield ""
     yield "| kernel | ms | rate | share of the machine's rate |"
@@ -112,6 +127,13 @@ def _kernel_table(micro: dict[str, Any]) -> Iterator[str]:
             f"| {figure['name']} | {figure['milliseconds']:.2f} "
             f"| {figure['rate']:.1f} {figure['unit']} | {share:.2f} |"
         )
+
+
+def _at_once(scenario: dict[str, Any]) -> str:
+    """How many requests ran at once, with stock and with the variant that ran the most."""
+    stock, *others = (line["max_running"] for line in scenario["variants"].values())
+    most = max([stock, *others])
+    return f"{stock} → {most} at once" if most > stock else ""
 
 
 def chart(results: dict[str, Any], path: Path) -> None:
@@ -136,6 +158,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
         range(len(scenarios)),
         [
             f"{s['name'].replace(' shared', chr(10) + 'shared')}\n{group.removeprefix('shared_')}"
+            f"\n{_at_once(s)}"
             for group, s in scenarios
         ],
     )

@@ -1,4 +1,5 @@
-"""vLLM's CUDA worker and V1 runner with FastGen, without a GPU: see ``run_on_pretend_gpu.py``."""
+"""Both of vLLM's model runners with FastGen: on the CPU, and with vLLM's CUDA worker on a device
+that is none. See the two programs."""
 
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ import pytest
 from helpers.paths import PROGRAMS
 from safetensors.torch import load_file, save_file
 
-PROGRAM = PROGRAMS / "run_on_pretend_gpu.py"
 LAYERS = 2
 """As Triton's interpreter takes a while for each."""
 
@@ -33,16 +33,24 @@ def shallow_model(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def run(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True, timeout=900
-    )
+def run(program: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(PROGRAMS / program), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_as_on_the_cpu(shallow_model: str) -> None:
-    gpu, cpu = run(shallow_model), run(shallow_model, "cpu")
+@pytest.fixture(scope="module")
+def cpu(shallow_model: str) -> dict[str, Any]:
+    return run("run_on_pretend_gpu.py", shallow_model, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("runner", "module"), [("v1", "gpu_model_runner"), ("v2", "gpu.model_runner")]
+)
+def test_as_on_the_cpu(shallow_model: str, cpu: dict[str, Any], runner: str, module: str) -> None:
+    gpu = run("run_on_pretend_gpu.py", shallow_model, runner)
+    assert gpu["runner"] == f"vllm.v1.worker.{module}"
     assert (gpu["worker"], cpu["worker"]) == ("FastGenGPUWorker", "FastGenCPUWorker")
     assert gpu["tokens"] == cpu["tokens"] and len({*gpu["tokens"][2]}) > 3
     assert gpu["kept"] == cpu["kept"] and gpu["kept"][2] < 0.5
@@ -51,3 +59,18 @@ def test_as_on_the_cpu(shallow_model: str) -> None:
     assert gpu["prefill"] == "vLLM's flash attention" and gpu["prefill_differs"] < 1e-2
     assert not gpu["has_cpu_worker"], "vLLM's CPU worker switches streams and events off"
     assert 0.8 < gpu["memory"] <= 0.92  # vLLM's gpu_memory_utilization
+
+
+def test_both_on_the_cpu(shallow_model: str) -> None:
+    """The same answers and shares, with prefix caching, compactions, a request that is preempted
+    and one that is aborted."""
+    v1, v2 = (run("run_on_runner.py", shallow_model, runner) for runner in ("v1", "v2"))
+    assert (v1.pop("runner"), v2.pop("runner")) == (
+        "vllm.v1.worker.cpu_model_runner",
+        "vllm.v1.worker.cpu.model_runner",
+    )
+    assert v1 == v2 and v1["preempted"] > 0 and list(v1["tokens"]) == ["0", "1", "2", "4", "5", "6"]
+    assert all(len(tokens) == 20 for tokens in v1["tokens"].values())
+    told = v1["told"].values()
+    assert any(each["compactions"] > 1 for each in told)
+    assert any(each["cached_tokens"] for each in told)
