@@ -42,7 +42,10 @@ class Load:
         """Natural prose from the Python language reference, and one Korean text."""
         text, apart = " ".join(topics["specialnames"].split()), self.prompt_chars + 900
         starts = [i * apart for i in range(self.num_requests - 1)]
-        return [*(text[start : start + self.prompt_chars] for start in starts), KOREAN * (self.prompt_chars // 860)]
+        return [
+            *(text[start : start + self.prompt_chars] for start in starts),
+            KOREAN * (self.prompt_chars // 860),
+        ]
 
 
 DEMO_LOAD = Load()
@@ -117,7 +120,7 @@ def tables(summary: dict[str, Any]) -> tuple[Table, Table]:
     """For a terminal of 80 columns: the answers side by side, and the figures of both engines."""
     answers = Table("the prompt ends", "stock vLLM", "FastGen", "KV kept", show_lines=True)
     for row in summary["outputs"]:
-        cells = [row["prompt"][-30:], row["stock"][:110], row["fastgen"][:110]]
+        cells = [row["prompt"][-24:], row["stock"][:80], row["fastgen"][:80]]
         answers.add_row(*map(_one_line, cells), f"{row['kv_kept_ratio']:.0%}")
     figures = Table("", "stock vLLM", "FastGen", title=f"{_memory(summary)} of KV cache")
     for label, key in (("most requests at once", "max_running"), ("tokens/s", "tokens_per_s")):

@@ -53,6 +53,10 @@ class _Profiles:
     def __init__(self, profiles: dict[Any, PromptProfile]) -> None:
         self.by_key = profiles
 
+    def first_lse(self, start: int, end: int) -> int:
+        first = (profile.first_lse(start, end) for profile in self.by_key.values())
+        return min(first, default=end - start)
+
     def add_chunk(self, *args: Any) -> None:
         for profile in self.by_key.values():
             profile.add_chunk(*args)

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from helpers.browser import CHROMIUM, browser
 from helpers.engine import KOREAN, english
 
 
@@ -30,7 +31,7 @@ def client(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ope
     command += ["--served-model-name", "small", "--enforce-eager", "--dtype", "float32"]
     command += ["--max-model-len", "2048", "--max-num-batched-tokens", "512"]
     command += ["--kv-cache-memory-bytes", str(256 << 20)]
-    settings = {"recovery": 0.9, "min_prompt_tokens": 16, "debug": True}
+    settings = {"recovery": 0.9, "min_prompt_tokens": 16, "debug": True, "page": True}
     command += ["--additional-config", json.dumps({"fastgen": settings})]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as stream:
@@ -245,3 +246,41 @@ def test_metrics_add_up(client: openai.OpenAI) -> None:
     assert changed["prompts_kept_whole_total asked"] == 2
     assert changed["prompts_kept_whole_total short"] == 2
     assert after["kv_held_bytes"] == after["kv_saved_bytes"] == after["free_pages"] == 0
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(CHROMIUM is None, reason="it takes a Chromium")
+def test_page(client: openai.OpenAI, tmp_path: Path) -> None:
+    """It loads, follows what happens, and shows a request's heads when that is clicked."""
+    server = str(client.base_url).removesuffix("/v1/")
+    ask(client, False, False, {})
+    with browser(tmp_path / "profile") as page:
+        page.show(f"{server}/fastgen", 1100, 1500)
+        page.wait_for("document.querySelectorAll('#requests tr').length > 0")
+        newest = "document.querySelector('#requests tr td').textContent"
+        before = page.value(newest)
+        _, told = ask(client, False, False, {"fastgen_recovery": 0.7})
+        assert told is not None
+        page.wait_for(f"{newest} !== {json.dumps(before)}")
+        row = (
+            "[...document.querySelectorAll('#requests tr:first-child td')].map(c => c.textContent)"
+        )
+        kept = f"{told['kv_kept_ratio']:.0%}"
+        assert page.value(f"{row}[2]") == kept
+        assert page.value("document.getElementById('detail').hidden") is True
+        page.value("document.querySelector('#requests tr').click()")
+        cells = page.value(
+            "[...document.querySelectorAll('#map rect title')].map(t => t.textContent)"
+        )
+        assert len(cells) == 90 and cells[-1].startswith("layer 29, KV head 2: ")
+        legend = page.value("document.getElementById('kinds').textContent")
+        assert all(f"{kind} ({count})" in legend for kind, count in told["policy_heads"].items())
+        assert kept in page.value("document.getElementById('title').textContent")
+        assert page.value("document.querySelectorAll('#places rect').length") == 64
+        page.picture(tmp_path / "page.png")
+        assert (tmp_path / "page.png").stat().st_size > 20_000
+        for width, scheme in ((400, "light"), (1100, "dark")):
+            page.show(f"{server}/fastgen", width, 1500, scheme)
+            page.wait_for("document.querySelectorAll('#requests tr').length > 1")
+            assert page.value("document.documentElement.scrollWidth <= innerWidth")
+        assert page.problems == []
