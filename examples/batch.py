@@ -2,7 +2,8 @@
 
 Every input line has an "id", and either a "prompt" or chat "messages"; "extra_args" is optional and
 holds FastGen's settings for this request. Every output line has the answer and what its KV cache
-kept. Lines whose id is in the output file already are skipped.
+kept. Lines whose id is in the output file already are skipped. A prompt that is too long
+gets an error in place of an answer.
 
     python examples/batch.py MODEL prompts.jsonl answers.jsonl
 """
@@ -19,18 +20,15 @@ from tqdm import tqdm
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
+    """The objects of a JSON Lines file."""
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def drop_cut_line(path: Path) -> None:
-    """Remove a last line that was not written to its end."""
-    if path.exists():
-        text = path.read_bytes()
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
+    """Remove a last line that was not written to its end, or begin the file."""
+    text = path.read_bytes() if path.exists() else b""
+    path.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def main() -> None:
@@ -48,8 +46,7 @@ def main() -> None:
 
     drop_cut_line(asked.answers)
     done = {line["id"] for line in read_lines(asked.answers)}
-    prompts = asked.prompts.read_text(encoding="utf-8").splitlines()
-    jobs = [json.loads(line) for line in prompts if line.strip()]
+    jobs = read_lines(asked.prompts)
     left = [job for job in jobs if job["id"] not in done]
     if not left:
         print(f"All {len(jobs)} answers are in {asked.answers}.")
@@ -65,11 +62,16 @@ def main() -> None:
     )
     tokenizer = llm.get_tokenizer()
 
-    def prompt_of(job: dict[str, Any]) -> Any:
+    most = llm.llm_engine.model_config.max_model_len - asked.max_tokens
+
+    def tokens_of(job: dict[str, Any]) -> list[int]:
         if "prompt" in job:
-            return job["prompt"]
+            return tokenizer.encode(job["prompt"])
         chat = {"add_generation_prompt": True, "return_dict": False}
-        return {"prompt_token_ids": tokenizer.apply_chat_template(job["messages"], **chat)}
+        return tokenizer.apply_chat_template(job["messages"], **chat)
+
+    def write(out: Any, line: dict[str, Any]) -> None:
+        out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     with (
         asked.answers.open("a", encoding="utf-8") as out,
@@ -77,25 +79,32 @@ def main() -> None:
     ):
         remaining = iter(left)
         while batch := list(islice(remaining, asked.at_once)):
+            prompts = [tokens_of(job) for job in batch]
+            fitting = [(job, p) for job, p in zip(batch, prompts, strict=True) if len(p) <= most]
             params = [
                 SamplingParams(
                     temperature=0.0,
                     max_tokens=asked.max_tokens,
                     extra_args=job.get("extra_args"),
                 )
-                for job in batch
+                for job, _ in fitting
             ]
-            outputs = llm.generate([prompt_of(job) for job in batch], params, use_tqdm=False)
-            for job, output in zip(batch, outputs, strict=True):
+            ids = [{"prompt_token_ids": prompt} for _, prompt in fitting]
+            outputs = llm.generate(ids, params, use_tqdm=False) if ids else []
+            for (job, prompt), output in zip(fitting, outputs, strict=True):
                 told = (output.kv_transfer_params or {}).get("fastgen")
                 line = {
                     "id": job["id"],
                     "answer": output.outputs[0].text,
                     "finish_reason": output.outputs[0].finish_reason,
-                    "prompt_tokens": len(output.prompt_token_ids or ()),
+                    "prompt_tokens": len(prompt),
                     "kv_kept_ratio": told and told["kv_kept_ratio"],
                 }
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                write(out, line)
+            for job, prompt in zip(batch, prompts, strict=True):
+                if len(prompt) > most:
+                    error = f"{len(prompt)} tokens leave no room for {asked.max_tokens} more"
+                    write(out, {"id": job["id"], "error": error})
             out.flush()
             progress.update(len(batch))
 

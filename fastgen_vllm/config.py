@@ -33,6 +33,9 @@ BUDGET, LADDER_BUDGET = 0.25, 0.4
 """The default budget, and that of the adaptive ladder: see docs/results/quality.md."""
 
 
+WHY_WHOLE = ("asked", "short", "waits", "needed")
+
+
 @dataclass(frozen=True)
 class Plan:
     """How prompts with one kind of goal are profiled and compressed."""
@@ -315,7 +318,7 @@ class FastGenConfig(BaseModel):
         return goal, later
 
     def why_whole(self, num_tokens: int, override: RequestOverride) -> str:
-        """Why all of a prompt was kept, in a word for the metrics."""
+        """Why all of a prompt was kept: one of ``WHY_WHOLE``."""
         if not override.fastgen_compress or self.goal_of(override).keeps_everything:
             return "asked"
         if num_tokens < self.min_prompt_tokens:

@@ -39,6 +39,7 @@ __all__ = [
 NAME = "native"
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LEAST_QUERIES = 64
 
 
 @cache
@@ -100,13 +101,13 @@ def prefill_attention(
     output: torch.Tensor,
     first_lse: int = 0,
 ) -> torch.Tensor:
-    """By a library where one is faster here. It gives no log-sum-exps, and a few of them cost
-    little."""
+    """By a library where one is faster here, for more than a few queries. It gives no log-sum-exps,
+    and a few of them cost little."""
     dtype, ops = keys.kv.dtype, torch.ops.fastgen
     c, query = len(query), query.to(dtype)
     where = (keys.kv, keys.page_table, keys.num_keys, scale)
     library = libraries.on_cpu.get((dtype, query.shape[-1]))
-    if library is None:
+    if library is None or c < LEAST_QUERIES:  # gathering the keys costs what all keys do
         attended = output if output.dtype == dtype else torch.empty_like(query)
         lse = ops.prefill_attention(query, *where, attended)[first_lse:]
     elif c - first_lse <= c // 2:

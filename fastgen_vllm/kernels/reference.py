@@ -22,7 +22,7 @@ from fastgen_vllm.tensors import EMPTY, ceil_ratio
 
 NAME = "plain PyTorch"
 
-_PAGES_AT_ONCE = 256
+_PAGES_AT_ONCE = 1024
 
 _TILE_SCORES = 1 << 24
 """Scores held at once by a tile of queries (64 MiB of float32)."""

@@ -17,10 +17,12 @@ class KeptAgain:
     Attributes:
         ratio: slots in use, of the full cache's.
         num_tokens: of the sequence by then.
+        squeezed: for lack of memory.
     """
 
     ratio: float
     num_tokens: int
+    squeezed: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class HeadsKept:
     @classmethod
     def of(cls, kept: torch.Tensor, kinds: list[str], parts: int = 64) -> HeadsKept:
         """``kept``: bool ``[L, H, n]``. Waits for the device once."""
-        by_position = kept.float().mean((0, 1))[None, None]
-        parts = min(parts, kept.shape[-1])
-        pooled = torch.nn.functional.adaptive_avg_pool1d(by_position, parts).flatten()
-        figures = torch.cat([kept.float().mean(-1).flatten(), pooled]).tolist()
+        layers, heads, n = kept.shape
+        parts, by_position = min(parts, n), kept.sum((0, 1)) / (layers * heads)
+        pooled = torch.nn.functional.adaptive_avg_pool1d(by_position[None, None], parts)
+        figures = torch.cat([kept.sum(-1).flatten() / n, pooled.flatten()]).tolist()
         rounded = [round(figure, 4) for figure in figures]
         return cls(len(kept), kinds, rounded[:-parts], rounded[-parts:])
 

@@ -253,8 +253,11 @@ class Runtime:
         report, ended = StepReport(), []
         for request_id in step.decode_ids:
             growth = self.growths.get(request_id)
-            if growth is not None and (growth.add_token() or request_id in squeeze):
-                self._compact_again(request_id, growth, report)
+            if growth is None:
+                continue
+            squeezed, grown = request_id in squeeze, growth.add_token()
+            if grown or squeezed:
+                self._compact_again(request_id, growth, report, squeezed)
         for chunk in step.chunks:
             prefill = self.prefills.get(chunk.request_id)
             if prefill is not None and chunk.num_seen == prefill.num_tokens:
@@ -309,7 +312,9 @@ class Runtime:
         sticky = None if growth is None else to_device(growth.sticky(), device)
         return Choice.everything(shape, device, sticky)
 
-    def _compact_again(self, request_id: str, growth: Growth, report: StepReport) -> None:
+    def _compact_again(
+        self, request_id: str, growth: Growth, report: StepReport, squeezed: bool
+    ) -> None:
         tables = self.tables
         row, pages = tables.rows[request_id], tables.pages_of(request_id)
         slots = slots_in(self.pool, pages, tables.state.lengths[row], growth.num_tokens)
@@ -322,7 +327,8 @@ class Runtime:
         tables.state.rules[row] = rules
         report.vacated[request_id] = done.vacated
         total = growth.num_tokens * self.pool.pages_per_block
-        report.kept_again[request_id] = KeptAgain(done.kept_slots / total, growth.num_tokens)
+        ratio, n = done.kept_slots / total, growth.num_tokens
+        report.kept_again[request_id] = KeptAgain(ratio, n, squeezed)
 
     def install(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastgen_vllm.runtime.report import Kept
 
-TELL_EVERY = 0.5
+TELL_EVERY = 1.0
 """Seconds between two accounts of a busy engine."""
 LOG_EVERY = 60.0
 
@@ -68,13 +68,13 @@ class Accounts:
 
     def __init__(self, labels: dict[str, Any]) -> None:
         self.labels, self.traffic, self._logged = labels, Traffic(), Traffic()
-        self._told = self._last_log = time.monotonic()
+        self._told, self._last_log = float("-inf"), time.monotonic()
         self.shown: list[dict[str, Any]] = []
         """Requests whose heads are shown, since it was told last."""
 
-    def due(self, may_be_last: bool) -> bool:
-        """Whether it is time to tell; ``may_be_last``: nothing may follow to tell it with."""
-        return may_be_last or time.monotonic() >= self._told + TELL_EVERY
+    def due(self) -> bool:
+        """Whether it is time to tell of an engine that goes on."""
+        return time.monotonic() >= self._told + TELL_EVERY
 
     def tell(self, held: dict[str, int]) -> dict[str, Any]:
         """What happened since it was told last, and what the engine holds."""
@@ -104,12 +104,13 @@ class Accounts:
                 }
             )
 
-    def to_log(self) -> Traffic | None:
-        """What was told in the last minute, once it is over; None where there was nothing."""
-        if time.monotonic() < self._last_log + LOG_EVERY:
-            return None
+    def to_log(self) -> str:
+        """What was told since this was asked last, a minute ago or more; else nothing."""
+        seconds = time.monotonic() - self._last_log
+        if seconds < LOG_EVERY:
+            return ""
         traffic, self._logged, self._last_log = self._logged, Traffic(), time.monotonic()
-        return traffic or None
+        return f"in the last {seconds:.0f} seconds {traffic}" if traffic else ""
 
 
 COUNTS = ("vacated_blocks", "compactions", "squeezes")

@@ -44,7 +44,7 @@ class Load:
         starts = [i * apart for i in range(self.num_requests - 1)]
         return [
             *(text[start : start + self.prompt_chars] for start in starts),
-            KOREAN * (self.prompt_chars // 860),
+            KOREAN * max(1, self.prompt_chars // 860),
         ]
 
 
@@ -73,7 +73,6 @@ def run_demo(model: str, settings: dict[str, Any], load: Load) -> dict[str, Any]
         "enable_prefix_caching": False,
     }
     batch = Batch([tokenizer.encode(prompt) for prompt in prompts], load.max_tokens)
-    # Stock's block size is the smallest that it accepts on a CPU.
     # Stock's block size is the smallest that it accepts on a CPU.
     with engines({**options, "block_size": 32}, options, settings) as running:
         for engine in running.values():

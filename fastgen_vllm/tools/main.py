@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 NEEDED = ("matplotlib", "rich", "typer")
 
 
 def main() -> None:
-    try:
-        from fastgen_vllm.tools.cli import app
-    except ModuleNotFoundError as error:
-        if error.name not in NEEDED:
-            raise
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
         raise SystemExit(
-            f"The fastgen command needs the package {error.name}, which serving does not. "
-            "Install it: pip install 'fastgen-vllm[tools]'"
-        ) from None
+            f"The fastgen command needs {', '.join(missing)}, which serving does not. "
+            "Install what is missing: pip install 'fastgen-vllm[tools]'"
+        )
+    from fastgen_vllm.tools.cli import app
+
     app()

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from fastgen_vllm.kernels import cpu
 from fastgen_vllm.vllm_plugin import cpu_attention
 from fastgen_vllm.vllm_plugin.worker import FastGenWorkerMixin
 
@@ -19,7 +20,8 @@ class FastGenCPUWorker(FastGenWorkerMixin, CPUWorker):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
         kv = self.runtime.pool.kv
-        cpu_attention.prefer(kv.dtype, kv.shape[-1] // 2)
+        if self.runtime.kernels is cpu:
+            cpu_attention.prefer(kv.dtype, kv.shape[-1] // 2)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.use_v2_model_runner:

@@ -13,6 +13,7 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from fastgen_vllm.config import WHY_WHOLE
 from fastgen_vllm.runtime.traffic import COUNTS
 from fastgen_vllm.vllm_plugin import page
 
@@ -36,7 +37,7 @@ COUNTERS = {
 }
 GAUGES = {
     "kv_held_bytes": "KV memory that decoding requests hold.",
-    "kv_saved_bytes": "KV memory that they would hold beside that if everything were kept.",
+    "kv_saved_bytes": "KV memory that compressed requests gave back of what each would hold alone.",
     "free_pages": "Head pages that decoding requests own and do not use yet.",
 }
 
@@ -86,12 +87,13 @@ def process_outputs(
 def record(account: dict[str, Any]) -> None:
     """Add an account of ``runtime.traffic`` to the metrics."""
     engine = (account["model"], str(account["engine"]))
+    histograms = [histogram.labels(*engine) for histogram in _histograms()]
     for values in account["prompts"]:
-        for histogram, value in zip(_histograms(), values, strict=True):
+        for histogram, value in zip(histograms, values, strict=True):
             if value is not None:
-                histogram.labels(*engine).observe(value)
-    for reason, count in account["whole"].items():
-        _whole().labels(*engine, reason).inc(count)
+                histogram.observe(value)
+    for reason in WHY_WHOLE:  # those that have not come too, so that the first to come is a rise
+        _whole().labels(*engine, reason).inc(account["whole"].get(reason, 0))
     for name, counter in _counters().items():
         counter.labels(*engine).inc(account[name])
     for name, gauge in _gauges().items():

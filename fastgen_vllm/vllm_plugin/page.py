@@ -1,12 +1,14 @@
 """A live page at ``/fastgen`` on vLLM's API server, where the setting ``page`` asks for it.
 
 The page itself holds nothing. Its data comes from ``/v1/fastgen``, which vLLM guards by its API key
-where one is set. They are positions and shares of what requests kept, never their text.
+where one is set. They are request ids, and positions and shares of what requests kept, never text.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import secrets
 import sys
 import time
 from collections import deque
@@ -16,8 +18,12 @@ from typing import Any
 
 from fastgen_vllm.vllm_plugin.settings import is_fastgen
 
-HISTORY, REQUESTS = 1200, 100
-"""Accounts, which come twice a second while an engine is busy, and requests, that are kept."""
+HISTORY, REQUESTS = 600, 100
+"""Accounts, which come about once a second while an engine is busy, and requests, that are kept."""
+
+SERVER = secrets.token_hex(4)
+"""Tells this process from another API server's: their numbers differ."""
+_numbers = itertools.count()
 
 history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
 requests: deque[dict[str, Any]] = deque(maxlen=REQUESTS)
@@ -26,8 +32,9 @@ FIGURES = ("engine", "kv_held_bytes", "kv_saved_bytes", "running", "waiting")
 
 def add(account: dict[str, Any]) -> None:
     """Remember an account of ``runtime.traffic``."""
-    history.append({"time": time.time(), **{name: account[name] for name in FIGURES}})
-    requests.extend(account["shown"])
+    figures = {name: account[name] for name in FIGURES}
+    history.append({"n": next(_numbers), "time": time.time(), **figures})
+    requests.extend({"n": next(_numbers), **shown} for shown in account["shown"])
 
 
 def before_serving(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -66,10 +73,11 @@ def add_routes(app: Any) -> None:
         return HTMLResponse(text)
 
     @app.get("/v1/fastgen")
-    async def state(since: float = 0.0) -> dict[str, Any]:
-        """What came after ``since``, seconds since 1970 by this server's clock."""
+    async def state(since: int = -1) -> dict[str, Any]:
+        """What this process was told after the number ``since``."""
         return {
+            "server": SERVER,
             "time": time.time(),
-            "history": [each for each in history if each["time"] > since],
-            "requests": [each for each in requests if each["time"] > since],
+            "history": [each for each in history if each["n"] > since],
+            "requests": [each for each in requests if each["n"] > since],
         }

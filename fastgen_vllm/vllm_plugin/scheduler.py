@@ -48,6 +48,7 @@ class FastGenSchedulerMixin(SchedulerBase):
         self.block_bytes = len(group.layer_names) * group.kv_cache_spec.page_size_bytes
         manager.most_cached_tokens = MOST_CACHED_PROMPTS * self.max_model_len
         config = self.config = fastgen_config(self.vllm_config)
+        self.tells = self.log_stats or config.page
         self.debug = config.debug
         if manager.enable_caching and config.queries_looked_at(config.goal) is None:
             logger.info(
@@ -173,38 +174,38 @@ class FastGenSchedulerMixin(SchedulerBase):
             self.apply_report(report, scheduler_output.fastgen_step)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._tell_before_stop_strings(outputs)
-        if self.log_stats:
+        if self.tells:
             self._tell_account(outputs)
         return outputs
 
     def _tell_account(self, outputs: Any) -> None:
         """On some output of this step, to whatever API server it goes: see ``metrics``."""
-        told = [output for each in outputs.values() for output in each.outputs]
-        last = any(o.finished or o.request_id in self.stops_at_strings for o in told)
-        if told and self.accounts.due(last):
-            account = self.accounts.tell(self._held())
-            told[-1].kv_transfer_params = {
-                **(told[-1].kv_transfer_params or {}),
-                ACCOUNT: account,
-            }
-        traffic = self.accounts.to_log()
-        if traffic is not None:
+        accounts, told = self.accounts, [o for each in outputs.values() for o in each.outputs]
+        running, waiting = self.get_request_counts()
+        # No output may follow: the engine is idle, or the front end ends what still runs.
+        stopping = self.stops_at_strings
+        untold = accounts.traffic and all(r.request_id in stopping for r in self.running)
+        if told and (accounts.due() or untold or not running + waiting):
+            account = accounts.tell({**self._held(), "running": running, "waiting": waiting})
+            params = told[-1].kv_transfer_params or {}
+            told[-1].kv_transfer_params = {**params, ACCOUNT: account}
+        happened = accounts.to_log()
+        if happened:
             saved = self._held()["kv_saved_bytes"] / 2**20
-            logger.info("FASTGEN, last minute: %s; %.0f MiB of KV saved now", traffic, saved)
+            logger.info("FASTGEN: %s; %.0f MiB of KV saved now", happened, saved)
 
     def _held(self) -> dict[str, int]:
         """What requests that decode hold of the pool."""
-        manager = self.block_manager
-        owned = whole = 0
+        manager, saved = self.block_manager, 0
+        held: set[int] = set()
         for request_id in manager.free_pages:
-            owned += len(manager.owned_blocks(request_id))
-            whole += len(manager.req_to_blocks[request_id])
+            owned = manager.owned_blocks(request_id)
+            held.update(owned)
+            saved += max(0, len(manager.req_to_blocks[request_id]) - len(owned))
         return {
-            "kv_held_bytes": owned * self.block_bytes,
-            "kv_saved_bytes": max(0, whole - owned) * self.block_bytes,
+            "kv_held_bytes": len(held) * self.block_bytes,
+            "kv_saved_bytes": saved * self.block_bytes,
             "free_pages": sum(manager.free_pages.values()),
-            "running": len(self.running),
-            "waiting": len(self.waiting),
         }
 
     def _tell_before_stop_strings(self, outputs: Any) -> None:
@@ -233,8 +234,10 @@ class FastGenSchedulerMixin(SchedulerBase):
                 self._remember(request_id, report.kept[request_id])
             if request_id in report.kept_again:
                 traffic.compactions += 1
-                traffic.squeezes += manager.squeezing.pop(request_id, None) is not None
                 before, last = self.kept[request_id], report.kept_again[request_id]
+                if last.squeezed:
+                    traffic.squeezes += 1
+                    manager.squeezing.pop(request_id, None)
                 again = replace(before, compactions=before.compactions + 1, last=last)
                 self.kept[request_id] = again
         if self.debug and report.owned is not None:
@@ -245,8 +248,9 @@ class FastGenSchedulerMixin(SchedulerBase):
         request = self.requests[request_id]
         sampling_params, n = request.sampling_params, request.num_prompt_tokens
         override = override_of(self.config, sampling_params)
-        self.accounts.traffic.add_prompt(n, kept, self.config.why_whole(n, override))
-        self.accounts.show(request_id, n, kept)
+        if self.tells and not request.num_preemptions:  # else it was counted before
+            self.accounts.traffic.add_prompt(n, kept, self.config.why_whole(n, override))
+            self.accounts.show(request_id, n, kept)
         if sampling_params is not None and sampling_params.stop:
             self.stops_at_strings.add(request_id)
 

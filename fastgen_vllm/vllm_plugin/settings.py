@@ -70,7 +70,8 @@ def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
     if device == "cuda":
         # Captured decode steps have not been shown right on a device, so they are not switched on.
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        logger.info("FASTGEN: CUDA graphs off")
+        runner = "V2" if vllm_config.use_v2_model_runner else "V1"
+        logger.info("FASTGEN: %s model runner, CUDA graphs off", runner)
     if cache.user_specified_block_size and cache.block_size != config.block_size:
         raise FastGenConfigError(
             f"--block-size {cache.block_size} and fastgen.block_size {config.block_size} differ; "

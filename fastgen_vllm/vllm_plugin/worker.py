@@ -126,6 +126,7 @@ class FastGenWorkerMixin(WorkerBase):
         for layer in layers:
             layer.impl.layer_index = layer.kv_cache.storage_offset() // stride
             layer.impl.runtime = self.runtime
+        runner.fastgen_plans = False
         batch = current_batch(runner, self.use_v2_model_runner)
         for attn_group in runner.attn_groups[0]:
             for builder in attn_group.metadata_builders:

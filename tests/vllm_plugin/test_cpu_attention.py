@@ -27,6 +27,10 @@ def test_preferred_with_amx_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cpu_attention, "instructions", lambda *args, i=instructions: i)
         cpu_attention.prefer(torch.bfloat16, 64)
     assert not libraries.on_cpu
+    assert cpu_attention._agrees(torch.bfloat16, 64), "whatever instructions this machine has"
     monkeypatch.setattr(cpu_attention, "instructions", lambda *args: "amx")
-    cpu_attention.prefer(torch.bfloat16, 64)
+    for agrees in (False, True):
+        assert not libraries.on_cpu, "it was used though it differs"
+        monkeypatch.setattr(cpu_attention, "_agrees", lambda *args, a=agrees: a)
+        cpu_attention.prefer(torch.bfloat16, 64)
     assert libraries.on_cpu == {(torch.bfloat16, 64): cpu_attention.attend}

@@ -18,6 +18,7 @@ import openai
 import pytest
 from helpers.browser import CHROMIUM, browser
 from helpers.engine import KOREAN, english
+from helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -284,3 +285,15 @@ def test_page(client: openai.OpenAI, tmp_path: Path) -> None:
             page.wait_for("document.querySelectorAll('#requests tr').length > 1")
             assert page.value("document.documentElement.scrollWidth <= innerWidth")
         assert page.problems == []
+
+
+@pytest.mark.engine
+def test_client_of_the_examples(client: openai.OpenAI, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(english(1500), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "examples" / "client.py"), "--file", str(text)]
+    command += ["--url", str(client.base_url), "--max-tokens", "4"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    kept = dict(re.findall(r"^(\w.*): (\d+)% kept$", said, re.MULTILINE))
+    assert len(kept) == 5 and kept["everything"] == "100"
+    assert int(kept["a tenth of the KV cache"]) < 25 < int(kept["nine tenths of the attention"])
