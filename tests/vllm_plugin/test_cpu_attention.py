@@ -22,12 +22,12 @@ def test_as_pytorch(c: int, m: int, groups: int, dtype: torch.dtype) -> None:
 
 
 def test_preferred_with_amx_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu_attention._agrees(torch.bfloat16, 64), "whatever instructions this machine has"
     monkeypatch.setattr(libraries, "on_cpu", {})
     for instructions in ("vec", "vec16", "neon"):
         monkeypatch.setattr(cpu_attention, "instructions", lambda *args, i=instructions: i)
         cpu_attention.prefer(torch.bfloat16, 64)
     assert not libraries.on_cpu
-    assert cpu_attention._agrees(torch.bfloat16, 64), "whatever instructions this machine has"
     monkeypatch.setattr(cpu_attention, "instructions", lambda *args: "amx")
     for agrees in (False, True):
         assert not libraries.on_cpu, "it was used though it differs"
