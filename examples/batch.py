@@ -5,7 +5,12 @@ holds FastGen's settings for this request. Every output line has the answer and 
 kept. Lines whose id is in the output file already are skipped. A prompt that is too long
 gets an error in place of an answer.
 
+    {"id": "1", "messages": [{"role": "user", "content": "..."}],
+     "extra_args": {"fastgen_kv_budget": 0.4}}   (on one line)
+
     python examples/batch.py MODEL prompts.jsonl answers.jsonl
+
+On a CPU add --engine-args '{"gpu_memory_utilization": 0.3}'.
 """
 
 from __future__ import annotations

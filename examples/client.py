@@ -1,6 +1,6 @@
 """Asks a server the same question with different settings, and prints what each answer kept.
 
-vllm serve MODEL --attention-backend fastgen
+vllm serve MODEL --attention-backend fastgen   # on a CPU: --gpu-memory-utilization 0.3
 python examples/client.py --url http://localhost:8000/v1 --file long_text.txt
 """
 

@@ -73,7 +73,7 @@ gather() {
   : >"$work/errors.txt"
   "$work/tools/bin/uv" pip compile -q --no-header --no-annotate --find-links "$wheels" \
     --override "$work/overrides.txt" --constraint "$work/constraints.txt" \
-    "$work/wants.txt" pyproject.toml -o "$root/requirements.txt" || return
+    "$work/wants.txt" pyproject.toml --extra tools -o "$root/requirements.txt" || return
   echo "offline_bundle: downloading $(wc -l <"$root/requirements.txt") packages"
   # With === an index's torch 2.13.0+cpu is not taken for 2.13.0.
   sed 's/^torch==/torch===/' "$root/requirements.txt" >"$work/downloads.txt"

@@ -90,13 +90,19 @@ class GpuBench:
         deadline: of ``time.monotonic``; decode attention that has not begun by then is left out,
             and said so.
         small: tiny shapes, to try the program itself.
+        measured: called after each measurement.
     """
 
     def __init__(
-        self, device: str, kernels: dict[str, Kernels], deadline: float, small: bool
+        self,
+        device: str,
+        kernels: dict[str, Kernels],
+        deadline: float,
+        small: bool,
+        measured: Callable[[], None],
     ) -> None:
         self.device, self.kernels, self.deadline, self.small = device, kernels, deadline, small
-        self.clock = Clock(device)
+        self.measured, self.clock = measured, Clock(device)
         self.copy_gb_s = copy_bandwidth(self.clock, 1 << 24 if small else 4 << 30)
         self.report: dict[str, Any] = {
             "copy_gb_s": self.copy_gb_s,
@@ -105,8 +111,8 @@ class GpuBench:
             "left_out": [],
         }
 
-    def run(self) -> dict[str, Any]:
-        """Everything, as JSON. Prints tables as it goes."""
+    def run(self) -> None:
+        """Everything, into ``report``. Prints tables as it goes."""
         print(f"\nCopy on the device: {self.copy_gb_s:.0f} GB/s, read and written\n")
         models = (TINY,) if self.small else MODELS
         steps = [(2, 40)] if self.small else [(1, 8192), (16, 8192), (64, 4096)]
@@ -117,7 +123,7 @@ class GpuBench:
         print("|---|---|---|---|---|---|")
         for requests, tokens in [(1, 40), (3, 100)] if self.small else DECODE_SHAPES:
             self._decode(models[0], requests, tokens)
-        return self.report
+            self.measured()
 
     def _leave_out(self, what: str, why: str) -> None:
         entry = f"{what}: {why}"
@@ -166,6 +172,7 @@ class GpuBench:
         print(f"{name} (ms):")
         shares = (f"{key} {s * 1e3:.3f} ({s / whole:.1%})" for key, s in figures.items())
         print("  " + ", ".join(shares), flush=True)
+        self.measured()
 
     def _decode(self, model: Model, requests: int, tokens: int) -> None:
         what = f"{requests} x {tokens}"

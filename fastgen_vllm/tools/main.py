@@ -12,7 +12,7 @@ def main() -> None:
     if missing:
         raise SystemExit(
             f"The fastgen command needs {', '.join(missing)}, which serving does not. "
-            "Install what is missing: pip install 'fastgen-vllm[tools]'"
+            "Install them, from this project's folder: pip install --no-build-isolation '.[tools]'"
         )
     from fastgen_vllm.tools.cli import app
 

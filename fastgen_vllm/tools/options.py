@@ -52,8 +52,8 @@ Loads = Annotated[
     list[str] | None,
     typer.Option(
         "--load",
-        help="A kind of load: ample, scarce, shared, long or pressure. May be given several "
-        "times. By default it is all of them.",
+        help="A kind of load: ample, scarce or shared, and without --quick long or pressure. May "
+        "be given several times. By default it is all of them.",
     ),
 ]
 QuickBench = Annotated[

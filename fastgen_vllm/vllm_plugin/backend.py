@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -21,6 +22,7 @@ from fastgen_vllm.runtime.step import Step
 from fastgen_vllm.vllm_plugin.block_manager import KV_DTYPES, FastGenSpec
 from fastgen_vllm.vllm_plugin.names import BACKEND_NAME
 from fastgen_vllm.vllm_plugin.runners import Batch
+from fastgen_vllm.vllm_plugin.settings import fastgen_config
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -48,6 +50,11 @@ class FastGenBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(8)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """The setting. vLLM asks once it has loaded the model, and would put its default there."""
+        return fastgen_config(get_current_vllm_config()).block_size
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -41,6 +41,7 @@ class FastGenSchedulerMixin(SchedulerBase):
         self.block_manager = manager
         self.kept: dict[str, Kept] = {}
         self.stops_at_strings: set[str] = set()
+        self.counted: set[str] = set()
         names = self.vllm_config.model_config.served_model_name
         model = names if isinstance(names, str) else names[0]
         index = self.vllm_config.parallel_config.data_parallel_index
@@ -248,7 +249,8 @@ class FastGenSchedulerMixin(SchedulerBase):
         request = self.requests[request_id]
         sampling_params, n = request.sampling_params, request.num_prompt_tokens
         override = override_of(self.config, sampling_params)
-        if self.tells and not request.num_preemptions:  # else it was counted before
+        if self.tells and request_id not in self.counted:  # it may have been preempted since
+            self.counted.add(request_id)
             self.accounts.traffic.add_prompt(n, kept, self.config.why_whole(n, override))
             self.accounts.show(request_id, n, kept)
         if sampling_params is not None and sampling_params.stop:
@@ -274,6 +276,7 @@ class FastGenSchedulerMixin(SchedulerBase):
         transfer, ec_transfer = super()._free_request(request, delay_free_blocks)
         kept = self.kept.pop(request.request_id, None)
         self.stops_at_strings.discard(request.request_id)
+        self.counted.discard(request.request_id)
         if kept is None:
             return transfer, ec_transfer
         summary = _summary(kept)

@@ -70,13 +70,14 @@ def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
     if device == "cuda":
         # Captured decode steps have not been shown right on a device, so they are not switched on.
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        runner = "V2" if vllm_config.use_v2_model_runner else "V1"
-        logger.info("FASTGEN: %s model runner, CUDA graphs off", runner)
+        logger.info("FASTGEN: CUDA graphs off")
     if cache.user_specified_block_size and cache.block_size != config.block_size:
         raise FastGenConfigError(
             f"--block-size {cache.block_size} and fastgen.block_size {config.block_size} differ; "
             "set only fastgen.block_size"
         )
+    runner = "V2" if vllm_config.use_v2_model_runner else "V1"
+    logger.info("FASTGEN: vLLM's %s model runner", runner)
     original(vllm_config)
     # vLLM's CPU platform switches asynchronous scheduling off only now.
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER

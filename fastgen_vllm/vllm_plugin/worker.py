@@ -201,6 +201,10 @@ class _WithReport(AsyncModelRunnerOutput):
     def __init__(self, output: AsyncModelRunnerOutput, pending: PendingReport) -> None:
         self._output, self._pending = output, pending
 
+    def get_kv_connector_output(self) -> Any:
+        """vLLM 0.33 has it in the base class."""
+        return self._output.get_kv_connector_output()  # type: ignore[attr-defined]
+
     def get_output(self) -> ModelRunnerOutput:
         output: Any = self._output.get_output()
         output.fastgen_report = self._pending.get()

@@ -75,3 +75,4 @@ def test_gpu_check_runs(tmp_path: Path) -> None:
     assert len(report["benchmarks"]["decode"]) == 6
     left_out = report["benchmarks"]["left_out"]
     assert [entry.split(":")[0] for entry in left_out] == ["dense, vLLM flash attention"]
+    assert report["cuda"] == report["sanitizer"] == "no device"

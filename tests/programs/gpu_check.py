@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from helpers import kernel_cases as cases
@@ -25,6 +26,8 @@ from fastgen_vllm.tools import gpu_bench
 
 Case = Callable[..., None]
 """Takes a ``seed``."""
+
+STAGES = ("triton", "cuda", "sanitizer", "benchmarks")
 
 CUDA_CASES = [(d, b, g) for d in cuda.HEAD_SIZES for b in (8, 16, 32) for g in range(1, 9)]
 
@@ -100,11 +103,36 @@ def sanitize(seed: int) -> str:
     return f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}"
 
 
+def benchmarks(
+    device: str,
+    options: argparse.Namespace,
+    deadline: float,
+    report: dict[str, Any],
+    write: Callable[[], None],
+) -> None:
+    """Those of the kernels that were not found wrong."""
+    kernels: dict[str, Kernels] = {"Triton": triton}
+    found = report.get("cuda")
+    there = device == "cuda" and not cuda.problem(128, torch.bfloat16)
+    if there and (found is None or not found["failed"]):
+        kernels["CUDA C++"] = cuda
+    with torch.device(device):
+        bench = gpu_bench.GpuBench(device, kernels, deadline, options.interpreted, write)
+        report["benchmarks"] = bench.report
+        bench.run()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, default=ROOT / "out/gpu_check.json")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--minutes", type=float, default=7.0, help="benchmarks start before then")
+    parser.add_argument(
+        "--stage",
+        action="append",
+        choices=STAGES,
+        help="what to run, in this order; may be given several times. By default it is everything",
+    )
     parser.add_argument("--only-cuda", action="store_true", help="the CUDA C++ cases, and no more")
     parser.add_argument(
         "--interpreted",
@@ -126,39 +154,37 @@ def main() -> int:
         chosen = random.Random(seed).sample(list(cuda_cases()), 12)
         return bool(check(device, chosen, seed)[1])
     print(f"Device: {name}, torch {torch.__version__}, seed {seed}")
-    kernels: dict[str, Kernels] = {"Triton": triton}
     problem = cuda.problem(128, torch.bfloat16) if device == "cuda" else "no device"
-    passed, failed = check(device, triton_cases(options.interpreted), seed)
-    print(f"Triton: {passed} cases passed, {len(failed)} failed")
-    report = {
+    report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": name,
         "torch": torch.__version__,
         "seed": seed,
-        "triton": {"passed": passed, "failed": failed},
-        "cuda": problem,
-        "sanitizer": problem,
     }
-    if problem:
-        print(f"CUDA C++: not checked: {problem}")
-    else:
-        passed, cuda_failed = check(device, cuda_cases(), seed)
-        print(f"CUDA C++: {passed} cases passed, {len(cuda_failed)} failed")
-        failed = failed + cuda_failed
-        report["cuda"] = {"passed": passed, "failed": cuda_failed}
-        report["sanitizer"] = sanitize(seed)
-        print(f"compute-sanitizer: {report['sanitizer']}")
-        if not cuda_failed:
-            kernels["CUDA C++"] = cuda
-    with torch.device(device):
-        deadline = started + 60 * options.minutes
-        bench = gpu_bench.GpuBench(device, kernels, deadline, options.interpreted)
-        report["benchmarks"] = bench.run()
-    report["seconds"] = time.monotonic() - started
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1))
+
+    def write() -> None:
+        """After every stage, so that a run that is cut short still tells."""
+        report["seconds"] = time.monotonic() - started
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1))
+
+    for stage in options.stage or STAGES:
+        if stage == "benchmarks":
+            benchmarks(device, options, started + 60 * options.minutes, report, write)
+        elif problem and stage != "triton":
+            report[stage] = problem
+        elif stage == "sanitizer":
+            report[stage] = sanitize(seed)
+        else:
+            every = triton_cases(options.interpreted) if stage == "triton" else cuda_cases()
+            passed, failed = check(device, every, seed)
+            report[stage] = {"passed": passed, "failed": failed}
+        if stage != "benchmarks":
+            print(f"{stage}: {report[stage]}")
+        write()
     print(f"\n{report['seconds']:.0f} s, written to {options.json}")
-    return bool(failed)
+    checked = [report[stage] for stage in ("triton", "cuda") if stage in report]
+    return any(isinstance(each, dict) and each["failed"] for each in checked)
 
 
 if __name__ == "__main__":

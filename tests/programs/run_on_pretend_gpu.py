@@ -36,7 +36,7 @@ def generate(model: str) -> dict[str, Any]:
         max_num_batched_tokens=256,
         max_num_seqs=4,
         compilation_config={"mode": 0, "custom_ops": ["none"]},
-        additional_config={"fastgen": {"min_prompt_tokens": 32, "debug": True}},
+        additional_config={"fastgen": {"min_prompt_tokens": 32, "block_size": 8, "debug": True}},
         **({"kv_cache_memory_bytes": MEMORY // 2} if sys.argv[2] == "cpu" else {}),
     )
     prompts = [{"prompt_token_ids": [i * i % 40_009 for i in range(n)]} for n in (90, 33, 300)]
@@ -49,6 +49,7 @@ def generate(model: str) -> dict[str, Any]:
         "runner": type(worker.model_runner).__module__,
         "kernels": worker.runtime.kernels.NAME,
         "report_lag": worker.runtime.report_lag,
+        "block_size": worker.runtime.pool.block_size,
     }
 
 

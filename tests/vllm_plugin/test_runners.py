@@ -54,7 +54,7 @@ def test_as_on_the_cpu(shallow_model: str, cpu: dict[str, Any], runner: str, mod
     assert (gpu["worker"], cpu["worker"]) == ("FastGenGPUWorker", "FastGenCPUWorker")
     assert gpu["tokens"] == cpu["tokens"] and len({*gpu["tokens"][2]}) > 3
     assert gpu["kept"] == cpu["kept"] and gpu["kept"][2] < 0.5
-    assert gpu["kernels"] == "Triton"
+    assert gpu["kernels"] == "Triton" and gpu["block_size"] == cpu["block_size"] == 8
     assert (gpu["report_lag"], cpu["report_lag"]) == (1, 0)
     assert gpu["prefill"] == "vLLM's flash attention" and gpu["prefill_differs"] < 1e-2
     assert not gpu["has_cpu_worker"], "vLLM's CPU worker switches streams and events off"

@@ -163,6 +163,6 @@ def chart(results: dict[str, Any], path: Path) -> None:
         ],
     )
     axes.set_ylabel("throughput relative to stock vLLM")
-    axes.set_title(f"{results['model']}, {results['machine']}", fontsize=10)
-    axes.legend()
+    axes.set_title(f"{results['model']}, {results['machine']}", fontsize=10, loc="left")
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.2), ncols=len(names))
     figure.savefig(path, dpi=120)
