@@ -40,6 +40,17 @@ NAME = "native"
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_QUERIES = 64
+OPERATIONS = (
+    "write_kv",
+    "prefill_attention",
+    "attention_lse",
+    "attention_mass",
+    "attention_peaks",
+    "value_norms",
+    "plan_decode",
+    "decode_attention",
+    "pack_slots",
+)
 
 
 @cache
@@ -55,6 +66,9 @@ def _load() -> str:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"the extension was built for another torch ({error})"
+    missing = [name for name in OPERATIONS if not hasattr(torch.ops.fastgen, name)]
+    if missing:
+        return f"the extension was built from older sources, without {missing[0]} (reinstall)"
     wanted = os.environ.get("FASTGEN_CPU_ISA")
     for isa in (wanted,) if wanted else INSTRUCTION_SETS:
         if torch.ops.fastgen.set_isa(isa):

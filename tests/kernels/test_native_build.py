@@ -63,6 +63,14 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
         select("native", "cpu", 64, torch.float32)
 
 
+def test_an_extension_of_older_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an update without a reinstall: it is found at start-up, not in a request."""
+    monkeypatch.setattr(cpu, "OPERATIONS", (*cpu.OPERATIONS, "added_since"))
+    assert cpu._load.__wrapped__() == (
+        "the extension was built from older sources, without added_since (reinstall)"
+    )
+
+
 def test_preparing_the_cache_takes_no_memory() -> None:
     """What is not filled yet is not committed: a server's memory grows with its load."""
     kv = torch.empty(1 << 28, dtype=torch.uint8)
