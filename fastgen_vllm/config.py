@@ -32,8 +32,9 @@ MOST_TOKENS = 1 << 24
 BUDGET, LADDER_BUDGET = 0.25, 0.4
 """The default budget, and that of the adaptive ladder: see docs/results/quality.md."""
 
-
 WHY_WHOLE = ("asked", "short", "waits", "needed")
+"""Why all of a prompt was kept: the request or the settings want it, it is short, it waits for
+memory to run short, or there was nothing to leave out."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ NAME = "native"
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_QUERIES = 64
+"""A library attends for chunks of so many queries: it has all keys gathered, however few look."""
 OPERATIONS = (
     "write_kv",
     "prefill_attention",
@@ -121,7 +122,7 @@ def prefill_attention(
     c, query = len(query), query.to(dtype)
     where = (keys.kv, keys.page_table, keys.num_keys, scale)
     library = libraries.on_cpu.get((dtype, query.shape[-1]))
-    if library is None or c < LEAST_QUERIES:  # gathering the keys costs what all keys do
+    if library is None or c < LEAST_QUERIES:
         attended = output if output.dtype == dtype else torch.empty_like(query)
         lse = ops.prefill_attention(query, *where, attended)[first_lse:]
     elif c - first_lse <= c // 2:

@@ -49,7 +49,7 @@ class HeadsKept:
         pooled = torch.nn.functional.adaptive_avg_pool1d(by_position[None, None], parts)
         figures = torch.cat([kept.sum(-1).flatten() / n, pooled.flatten()]).tolist()
         rounded = [round(figure, 4) for figure in figures]
-        return cls(len(kept), kinds, rounded[:-parts], rounded[-parts:])
+        return cls(layers, kinds, rounded[:-parts], rounded[-parts:])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ TELL_EVERY = 1.0
 """Seconds between two accounts of a busy engine."""
 LOG_EVERY = 60.0
 
+COUNTS = ("vacated_blocks", "compactions", "squeezes")
+"""Fields of ``Traffic`` that are plain numbers."""
+
 
 @dataclass
 class Traffic:
@@ -41,9 +44,8 @@ class Traffic:
     def add(self, other: Traffic) -> None:
         self.prompts += other.prompts
         self.whole += other.whole
-        self.vacated_blocks += other.vacated_blocks
-        self.compactions += other.compactions
-        self.squeezes += other.squeezes
+        for name in COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def __bool__(self) -> bool:
         return bool(self.prompts or self.whole or self.vacated_blocks or self.compactions)
@@ -111,6 +113,3 @@ class Accounts:
             return ""
         traffic, self._logged, self._last_log = self._logged, Traffic(), time.monotonic()
         return f"in the last {seconds:.0f} seconds {traffic}" if traffic else ""
-
-
-COUNTS = ("vacated_blocks", "compactions", "squeezes")

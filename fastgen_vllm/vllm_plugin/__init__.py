@@ -52,12 +52,13 @@ def register() -> None:
     platform = type(current_platform)
     _wrap_classmethod(platform, "get_attn_backend_cls", settings.select_backend)
     _wrap_classmethod(platform, "check_and_update_config", settings.check_and_update)
-    _wrap(InputProcessor, "process_inputs", overrides.process_inputs)
-    _wrap(OutputProcessor, "process_outputs", metrics.process_outputs)
-    _wrap(OutputProcessor, "__init__", page.before_serving)
+    wrap(InputProcessor, "process_inputs", overrides.process_inputs)
+    wrap(OutputProcessor, "process_outputs", metrics.process_outputs)
+    wrap(OutputProcessor, "__init__", page.before_serving)
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Put ``wrapper`` in the place of a method or a function of a module, which it is given."""
     original = getattr(owner, name)
 
     @functools.wraps(original)

@@ -6,7 +6,6 @@ where one is set. They are request ids, and positions and shares of what request
 
 from __future__ import annotations
 
-import functools
 import itertools
 import secrets
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
+from fastgen_vllm.vllm_plugin import wrap
 from fastgen_vllm.vllm_plugin.settings import is_fastgen
 
 HISTORY, REQUESTS = 600, 100
@@ -42,17 +42,15 @@ def before_serving(original: Callable[..., None], *args: Any, **kwargs: Any) -> 
     vLLM's module for it, and no other process has to."""
     original(*args, **kwargs)
     launcher: Any = sys.modules.get("vllm.entrypoints.launchers.app")
-    if launcher is None or hasattr(launcher.attach_endpoint_plugins, "__wrapped__"):
-        return
-    attach = launcher.attach_endpoint_plugins
+    if launcher and not hasattr(launcher.attach_endpoint_plugins, "__wrapped__"):
+        wrap(launcher, "attach_endpoint_plugins", attach_endpoint_plugins)
 
-    @functools.wraps(attach)
-    def attach_ours_too(app: Any, *args: Any, **kwargs: Any) -> None:
-        attach(app, *args, **kwargs)
-        if _asked_for(app.state.args):
-            add_routes(app)
 
-    launcher.attach_endpoint_plugins = attach_ours_too
+def attach_endpoint_plugins(original: Callable[..., None], app: Any, *args: Any) -> None:
+    """Wraps what adds the routes of vLLM's plugins to its API server."""
+    original(app, *args)
+    if _asked_for(app.state.args):
+        add_routes(app)
 
 
 def _asked_for(args: Any) -> bool:

@@ -248,9 +248,9 @@ class FastGenSchedulerMixin(SchedulerBase):
         self.kept[request_id] = kept
         request = self.requests[request_id]
         sampling_params, n = request.sampling_params, request.num_prompt_tokens
-        override = override_of(self.config, sampling_params)
         if self.tells and request_id not in self.counted:  # it may have been preempted since
             self.counted.add(request_id)
+            override = override_of(self.config, sampling_params)
             self.accounts.traffic.add_prompt(n, kept, self.config.why_whole(n, override))
             self.accounts.show(request_id, n, kept)
         if sampling_params is not None and sampling_params.stop:

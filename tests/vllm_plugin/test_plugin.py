@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from fastgen_vllm.config import FastGenConfig, RequestOverride
@@ -54,6 +55,7 @@ def test_registering_twice_is_harmless() -> None:
     load_general_plugins()
     wrapped = [(type(current_platform), "check_and_update_config")]
     wrapped += [(InputProcessor, "process_inputs")]
+    wrapped += [(OutputProcessor, "process_outputs"), (OutputProcessor, "__init__")]
     before = [getattr(*each) for each in wrapped]
     register()
     register()

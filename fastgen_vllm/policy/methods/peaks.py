@@ -132,12 +132,9 @@ def _counts(rank: torch.Tensor, opening: torch.Tensor, room: int) -> torch.Tenso
     as are opened by it or a higher one.
     """
     ordered = opening.sort(descending=True).values
-    chosen = rank == ordered[0]
-    if room < len(ordered):
-        chosen |= rank > ordered[room]
-    else:
-        chosen.fill_(True)
-    return chosen.sum(-1)
+    if room >= len(ordered):
+        return torch.full_like(rank[..., 0], rank.shape[-1], dtype=torch.int64)
+    return ((rank > ordered[room]) | (rank == ordered[0])).sum(-1)
 
 
 def _rules(ladder: Ladder, frequent: torch.Tensor, full: torch.Tensor, n: int) -> HeadRules:
