@@ -24,16 +24,24 @@ sys.path.insert(0, TESTS)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
 
 import pytest  # noqa: E402
-from helpers.engine import MODEL, Engine  # noqa: E402
+from helpers.engine import Engine  # noqa: E402
+from helpers.models import first_layers  # noqa: E402
+from helpers.paths import MODEL  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def model() -> str:
+def whole_model() -> str:
     assert Path(MODEL, "config.json").exists(), "run scripts/setup.sh: the small model is missing"
     return MODEL
 
 
 @pytest.fixture(scope="session")
+def model(whole_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Six of its thirty layers: most of what is shown does not hang on how many there are."""
+    return first_layers(6, tmp_path_factory.mktemp("models") / "six-layers")
+
+
+@pytest.fixture(scope="session")
 def engine(model: str) -> Engine:
     """FastGen, float32, ample memory, prompts in chunks of at most 256 tokens, debug mode."""
-    return Engine.start(kv_bytes=1 << 30, fastgen={"recovery": 0.9, "decode_window": 32})
+    return Engine.start(model, 1 << 30, {"recovery": 0.9, "decode_window": 32})

@@ -6,7 +6,7 @@ from typing import Any
 
 from helpers.engine import Engine, english
 
-TOPICS = ("integers", "sets", "modules", "classes", "instance methods")
+TOPICS = ("integers", "sets", "modules", "classes")
 BUDGET = {"fastgen_kv_budget": 0.25}
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from fastgen_vllm.kernels import HeadRules
 from fastgen_vllm.runtime.report import StepReport
-from helpers.paths import MODEL
 
 KOREAN = (
     "한국의 가을은 하늘이 높고 바람이 시원해서 여행하기 좋은 계절입니다. 사람들은 산으로 단풍을 "
@@ -56,7 +55,7 @@ class Engine:
 
     @classmethod
     def start(
-        cls, kv_bytes: int, fastgen: dict[str, Any], model: str = MODEL, **options: Any
+        cls, model: str, kv_bytes: int, fastgen: dict[str, Any], **options: Any
     ) -> Engine:
         from vllm import LLM
 

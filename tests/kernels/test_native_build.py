@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.paths import ROOT
+from helpers.paths import ROOT, quick_compiler
 
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.kernels import cpu, reference, select
@@ -24,8 +24,9 @@ def test_under_sanitizers(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1"
-    environment = {**os.environ, "CFLAGS": sanitize, "LDFLAGS": sanitize}
+    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1"
+    compiler = quick_compiler(tmp_path / "quick-g++")
+    environment = {**os.environ, "CFLAGS": sanitize, "LDFLAGS": sanitize, "CXX": compiler}
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(build, cwd=copy, env=environment, check=True, timeout=500)
     library = subprocess.run(

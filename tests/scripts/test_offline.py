@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers.paths import ROOT
+from helpers.paths import ROOT, quick_compiler
 
 NO_NETWORK = ["unshare", "-rn"]
 
@@ -54,13 +54,6 @@ def write_index(directory: Path, name: str, version: str) -> str:
             archive.writestr(f"{name}-{version}.dist-info/{file}", text)
     (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
     return directory.as_uri()
-
-
-def quick_compiler(path: Path) -> str:
-    """A C++ compiler that does not optimise: whether the kernels build is what counts here."""
-    path.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
-    path.chmod(0o755)
-    return str(path)
 
 
 def test_bundle_installs_without_network(tmp_path: Path) -> None:

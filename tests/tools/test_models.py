@@ -39,11 +39,11 @@ def test_shape_of_a_folder_and_of_a_config(
     assert ModelShape.from_config(SimpleNamespace(**nested)) == shape
 
 
-def test_shape_of_a_hugging_face_config(model: str) -> None:
+def test_shape_of_a_hugging_face_config(whole_model: str) -> None:
     from transformers import AutoConfig
 
-    shape = ModelShape.from_config(AutoConfig.from_pretrained(model))
-    assert shape == ModelShape.from_folder(model) == ModelShape(30, 3, 3, 64)
+    shape = ModelShape.from_config(AutoConfig.from_pretrained(whole_model))
+    assert shape == ModelShape.from_folder(whole_model) == ModelShape(30, 3, 3, 64)
     assert shape.num_heads == 9
     assert shape.kv_bytes_per_token(torch.bfloat16) == 23_040
     assert shape.kv_bytes_per_token(torch.float32) == 46_080

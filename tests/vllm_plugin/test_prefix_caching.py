@@ -48,19 +48,19 @@ def same_info(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 @pytest.mark.engine
-def test_agent_loop(tmp_path: Path) -> None:
-    """Six users, five turns, a system prompt of 1,500 tokens, with and without the cache."""
+def test_agent_loop(model: str, tmp_path: Path) -> None:
+    """Four users, four turns, a system prompt of 1,500 tokens, with and without the cache."""
 
     def loop(caching: str) -> list[dict[str, Any]]:
         target = tmp_path / f"{caching}.json"
-        program = [sys.executable, str(PROGRAMS / "agent_loop.py"), str(tmp_path), str(target)]
+        program = [sys.executable, str(PROGRAMS / "agent_loop.py"), model, str(target)]
         subprocess.run([*program, caching], check=True, timeout=600)
         found: list[dict[str, Any]] = json.loads(target.read_text())
         return found
 
     ours, theirs = loop("with"), loop("without")
     assert [a["output"] for a in ours] == [a["output"] for a in theirs]
-    assert len({a["info"]["kv_recovery"] for a in theirs}) == 30, "they do not differ"
+    assert len({a["info"]["kv_recovery"] for a in theirs}) == 16, "they do not differ"
     for with_cache, without in zip(ours, theirs, strict=True):
         assert without["info"]["vacated_blocks"] > 0 == without["info"]["cached_tokens"]
         same_info(with_cache["info"], without["info"])
@@ -130,8 +130,8 @@ def test_children_hit_their_prompt(engine: Engine) -> None:
     assert output.kv_transfer_params["fastgen"]["cached_tokens"] > 0
 
 
-def crowd(engine: Engine, count: int, tokens: int = 80) -> dict[str, list[int]]:
-    """Requests with one beginning, some of them kept whole, all at once: answers by prompt."""
+def crowd(engine: Engine, count: int, tokens: int = 80) -> dict[str, Finished]:
+    """Requests with one beginning, some of them kept whole, all at once: results by prompt."""
     names = {}
     for i in range(count):
         prompt = SHARED[: 900 + 60 * (i % 2)] + english(60 + 15 * i, "specialnames", 700 * i)
@@ -139,21 +139,24 @@ def crowd(engine: Engine, count: int, tokens: int = 80) -> dict[str, list[int]]:
         name = engine.add(prompt, max_tokens=tokens, ignore_eos=True, extra_args=extra)
         names[name] = prompt
     done = engine.run()
-    return {prompt: done[name].output for name, prompt in names.items()}
+    return {prompt: done[name] for name, prompt in names.items()}
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("lag", [0, 2])
 def test_crowds_under_pressure(engine: Engine, monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
     """Requests that share blocks are compacted in a pool for some of them, with reports that are
-    read in time and late; answers stay as they were."""
+    read in time and late; answers stay as they were, but of one that was squeezed."""
     free = engine.free_blocks()
     unpressed = crowd(engine, 6)
     assert engine.scheduler.reset_prefix_cache()
     engine.read_reports_late(lag, monkeypatch)
     with engine.limited_to(30):
-        assert crowd(engine, 6) == unpressed
+        pressed = crowd(engine, 6)
         assert engine.most_running < 6
+    untouched = [prompt for prompt in pressed if not pressed[prompt].info["compactions"]]
+    assert len(untouched) >= 5
+    assert all(pressed[prompt].output == unpressed[prompt].output for prompt in untouched)
     assert engine.free_blocks() == free
 
 

@@ -4,33 +4,21 @@ that is none. See the two programs."""
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.models import first_layers
 from helpers.paths import PROGRAMS
-from safetensors.torch import load_file, save_file
 
 LAYERS = 2
 """As Triton's interpreter takes a while for each."""
 
 
 @pytest.fixture(scope="module")
-def shallow_model(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The small model's first layers."""
-    folder = tmp_path_factory.mktemp("models") / "shallow"
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
-    weights = load_file(Path(model) / "model.safetensors")
-    dropped = [f"model.layers.{i}." for i in range(LAYERS, config["num_hidden_layers"])]
-    kept = {k: v for k, v in weights.items() if not k.startswith(tuple(dropped))}
-    assert len(kept) < len(weights)
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    return str(folder)
+def shallow_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return first_layers(LAYERS, tmp_path_factory.mktemp("models") / "shallow")
 
 
 def run(program: str, *arguments: str) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def test_page(client: openai.OpenAI, tmp_path: Path) -> None:
         cells = page.value(
             "[...document.querySelectorAll('#map rect title')].map(t => t.textContent)"
         )
-        assert len(cells) == 90 and cells[-1].startswith("layer 29, KV head 2: ")
+        assert len(cells) == 18 and cells[-1].startswith("layer 5, KV head 2: ")
         legend = page.value("document.getElementById('kinds').textContent")
         assert all(f"{kind} ({count})" in legend for kind, count in told["policy_heads"].items())
         assert kept in page.value("document.getElementById('title').textContent")
