@@ -17,11 +17,13 @@ class KeptAgain:
     Attributes:
         ratio: slots in use, of the full cache's.
         num_tokens: of the sequence by then.
+        dropped_slots: over all heads.
         squeezed: for lack of memory.
     """
 
     ratio: float
     num_tokens: int
+    dropped_slots: int
     squeezed: bool = False
 
 

@@ -319,6 +319,7 @@ class Runtime:
         row, pages = tables.rows[request_id], tables.pages_of(request_id)
         slots = slots_in(self.pool, pages, tables.state.lengths[row], growth.num_tokens)
         rules, kept = growth.choose(self.pool, slots)
+        in_use = slots.lengths.sum()
         # The scheduler may count on what was unused, where it reads of this later.
         spare = tables.state.num_free[row] if self.report_lag else None
         done = compact(
@@ -327,8 +328,9 @@ class Runtime:
         tables.state.rules[row] = rules
         report.vacated[request_id] = done.vacated
         total = growth.num_tokens * self.pool.pages_per_block
-        ratio, n = done.kept_slots / total, growth.num_tokens
-        report.kept_again[request_id] = KeptAgain(ratio, n, squeezed)
+        ratio, dropped = done.kept_slots / total, int(in_use) - done.kept_slots
+        again = KeptAgain(ratio, growth.num_tokens, dropped, squeezed)
+        report.kept_again[request_id] = again
 
     def install(
         self,

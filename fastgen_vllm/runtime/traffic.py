@@ -13,7 +13,7 @@ TELL_EVERY = 1.0
 """Seconds between two accounts of a busy engine."""
 LOG_EVERY = 60.0
 
-COUNTS = ("vacated_blocks", "compactions", "squeezes")
+COUNTS = ("vacated_blocks", "evicted_slots", "compactions", "squeezes")
 """Fields of ``Traffic`` that are plain numbers."""
 
 
@@ -25,12 +25,14 @@ class Traffic:
         prompts: of each prompt that was compressed its tokens, the share of its slots that it
             kept, and the share of attention, or None where that is not known.
         whole: prompts of which everything was kept, by reason.
+        evicted_slots: that prompts and compactions left out, over all heads.
         squeezes: compactions for lack of memory; they are among the ``compactions``.
     """
 
     prompts: list[tuple[int, float, float | None]] = field(default_factory=list)
     whole: Counter[str] = field(default_factory=Counter)
     vacated_blocks: int = 0
+    evicted_slots: int = 0
     compactions: int = 0
     squeezes: int = 0
 
@@ -40,6 +42,7 @@ class Traffic:
         else:
             ratio = kept.kept_slots / kept.total_slots
             self.prompts.append((num_tokens, ratio, kept.recovery))
+            self.evicted_slots += kept.total_slots - kept.kept_slots
 
     def add(self, other: Traffic) -> None:
         self.prompts += other.prompts

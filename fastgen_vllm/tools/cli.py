@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -173,6 +173,39 @@ def profile(
     out.write_text(tool.page(found, figure), encoding="utf-8")
     Console().print(tool.table(found))
     typer.echo(f"The page is in {out} and the picture is in {out.with_suffix('.png')}.")
+
+
+@app.command()
+def advise(
+    model: options.Model,
+    prompts: options.PromptLines,
+    budget: options.Budgets = None,
+    agreement: options.Agreement = 0.95,
+    max_tokens: options.MaxTokens = 64,
+    settings: options.Settings = "{}",
+    json_path: options.AdviceJson = Path("out/advise.json"),
+) -> None:
+    """Say which budget prompts of your own need, and how many more requests it lets in.
+
+    The model runs in float32 on the CPU, once for each prompt and all budgets.
+    """
+    from fastgen_vllm.tools import advise as tool
+
+    extra = json_object("--settings", settings)
+    for value in budget or ():
+        FastGenConfig.from_dict({"kv_budget": value})
+    FastGenConfig.from_dict(extra)
+    check_model(model)
+    check_output("--json", json_path)
+    budgets = budget or tool.BUDGETS
+    advice = tool.advise(str(model), prompts, budgets, agreement, max_tokens, extra)
+    _write_json(asdict(advice), json_path)
+    tool.picture(advice).savefig(json_path.with_suffix(".png"), dpi=110)
+    Console().print(tool.table(advice))
+    Console().print(tool.sentence(advice), style="bold", markup=False)
+    typer.echo(
+        f"The figures are in {json_path}, and a chart is in {json_path.with_suffix('.png')}."
+    )
 
 
 @app.command()

@@ -165,6 +165,26 @@ PromptFile = Annotated[
         "from the Python language reference.",
     ),
 ]
+PromptLines = Annotated[
+    Path,
+    typer.Argument(
+        exists=True,
+        dir_okay=False,
+        help='A JSON Lines file of prompts. Every line has a "prompt", or chat "messages".',
+    ),
+]
+Agreement = Annotated[
+    float,
+    typer.Option(
+        min=0.5,
+        max=1.0,
+        help="How often the next token must be the full cache's for a budget to be recommended.",
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
+AdviceJson = Annotated[
+    Path, typer.Option("--json", help="The file for the figures. A chart is written beside it.")
+]
 PageFile = Annotated[
     Path,
     typer.Option(help="The file for the HTML page. The picture is written beside it as PNG."),

@@ -234,8 +234,9 @@ class FastGenSchedulerMixin(SchedulerBase):
             if request_id in report.kept:
                 self._remember(request_id, report.kept[request_id])
             if request_id in report.kept_again:
-                traffic.compactions += 1
                 before, last = self.kept[request_id], report.kept_again[request_id]
+                traffic.compactions += 1
+                traffic.evicted_slots += last.dropped_slots
                 if last.squeezed:
                     traffic.squeezes += 1
                     manager.squeezing.pop(request_id, None)

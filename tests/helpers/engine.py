@@ -54,9 +54,7 @@ class Engine:
         self._count = 0
 
     @classmethod
-    def start(
-        cls, model: str, kv_bytes: int, fastgen: dict[str, Any], **options: Any
-    ) -> Engine:
+    def start(cls, model: str, kv_bytes: int, fastgen: dict[str, Any], **options: Any) -> Engine:
         from vllm import LLM
 
         fastgen = {"min_prompt_tokens": 16, "debug": True, **fastgen}

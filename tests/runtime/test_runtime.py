@@ -230,7 +230,7 @@ GROWTHS = [(300, 5000), (50, 2000)]
 @pytest.mark.parametrize(("prompt", "generated"), GROWTHS)
 def test_memory_of_a_long_generation(prompt: int, generated: int) -> None:
     """Slots in use are never more than the budget of the length, what has grown since the last
-    compaction, and a block a head; blocks are not many more."""
+    compaction, and a block a head; blocks are not many more. What is dropped is told."""
     block, every = 16, 256
     config = FastGenConfig(kv_budget=0.25, compact_every=every, debug=True)
     kv = torch.zeros(200, LAYERS, HEADS, block, 2 * SIZE)
@@ -239,17 +239,22 @@ def test_memory_of_a_long_generation(prompt: int, generated: int) -> None:
     tokens = [VOCAB - 1] * (prompt + generated)  # of no class
     driver.begin("a", tokens[:prompt], RequestOverride())
     driver.requests["a"].tokens = tokens
-    last, compactions, row = prompt, 0, None
+    last, compactions, dropped = prompt, 0, 0
     for length in range(prompt, prompt + generated):
         count = prompt if length == prompt else 1
         _, report = run_step(driver, model, {"a": 1}, {"a": count})
         model._made.clear()
         row = runtime.tables.rows["a"]
+        for kept in report.kept.values():
+            dropped += kept.total_slots - kept.kept_slots
         if report.kept_again:
             compactions, last = compactions + 1, length
+            dropped += report.kept_again["a"].dropped_slots
             assert report.kept_again["a"].ratio <= max(0.25, 256 / length) + 16 / length
         share = max(0.25, 256 / length) if length >= 256 + every * (prompt < 256) else 1.0
-        slots = int(runtime.tables.state.lengths[row].sum()) / (LAYERS * HEADS)
+        in_use = int(runtime.tables.state.lengths[row].sum())
+        assert in_use == length * LAYERS * HEADS - dropped
+        slots = in_use / (LAYERS * HEADS)
         assert slots <= min(length, share * length + length - last + block), length
         assert len(runtime.tables.blocks["a"]) <= -(-slots // block) + 3
     assert compactions == (prompt + generated - 1 - max(prompt, 256)) // every

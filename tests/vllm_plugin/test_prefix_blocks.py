@@ -234,7 +234,7 @@ class Lives(RuleBasedStateMachine):
         """A request that has grown gives some of its blocks back."""
         own = self.past_prompt[name]
         kept = own[: data.draw(st.integers(1, len(own)))]
-        report.vacated[name], report.kept_again[name] = own[len(kept) :], KeptAgain(0.5, 9)
+        report.vacated[name], report.kept_again[name] = own[len(kept) :], KeptAgain(0.5, 9, 7)
         self.past_prompt[name] = kept
 
     @precondition(lambda self: self.scheduler.requests)

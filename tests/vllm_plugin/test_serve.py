@@ -244,6 +244,9 @@ def test_metrics_add_up(client: openai.OpenAI) -> None:
     assert changed["kv_kept_ratio_sum"] == pytest.approx(sum(ratios))
     vacated = sum(each["vacated_blocks"] for each in summaries if each)
     assert changed["vacated_blocks_total"] == vacated > 0
+    slots = 18 * changed["prompt_tokens_sum"] / 11  # 18 heads, and the prompts are one
+    evicted = sum(slots * (1 - ratio) for ratio in ratios)
+    assert changed["evicted_slots_total"] == pytest.approx(evicted)
     assert changed["prompts_kept_whole_total asked"] == 2
     assert changed["prompts_kept_whole_total short"] == 2
     assert after["kv_held_bytes"] == after["kv_saved_bytes"] == after["free_pages"] == 0
