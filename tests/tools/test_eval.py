@@ -33,7 +33,7 @@ def test_the_lab_is_the_engine(model: str, engine: Engine, goal: dict) -> None:
     """The same policies, the same kept positions step by step, the same greedy tokens; and from a
     second copy of the prompt the same again."""
     extra = {f"fastgen_{name}": value for name, value in goal.items()}
-    name = engine.add(english(2500, "types"), max_tokens=32, ignore_eos=True, extra_args=extra)
+    name = engine.add(english(2500, "objects"), max_tokens=32, ignore_eos=True, extra_args=extra)
     wanted = engine.run(trace=True)[name]
     lab = Lab(
         model, [Variant("one", FastGenConfig(min_prompt_tokens=16, decode_window=32, **goal))], 4096

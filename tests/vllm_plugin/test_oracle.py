@@ -50,7 +50,11 @@ CASES = {
         256,
     ),
     "all layers": Case(
-        PeaksOracle, {"kv_budget": 0.2}, [(0.0, 0.2)], ("korean", "long"), whole=True
+        partial(PeaksOracle, settings=PeaksSettings(generated=256)),
+        {"kv_budget": 0.2},
+        [(0.0, 0.2)],
+        ("korean", "long"),
+        whole=True,
     ),
     "adaptive ladder": Case(ADAPTIVE, {"ladder": "adaptive"}, [(0.0, 0.2), (0.0, 0.5)], SOME),
     "paper": Case(
