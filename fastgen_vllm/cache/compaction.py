@@ -10,6 +10,7 @@ import torch
 from fastgen_vllm.cache.head_tables import HeadTables, Holding
 from fastgen_vllm.cache.pages import PagePool
 from fastgen_vllm.kernels.contract import Kernels
+from fastgen_vllm.reads import Work
 from fastgen_vllm.tensors import layers_at_once, to_device
 
 
@@ -55,8 +56,9 @@ def compact(
     kernels: Kernels,
     targets: Sequence[int] | None = None,
     spare: torch.Tensor | None = None,
-) -> Compacted:
-    """Keep some of a request's slots and give the blocks that this frees back.
+) -> Work[Compacted]:
+    """Keep some of a request's slots and give the blocks that this frees back. The host decides
+    by figures, for which it asks once.
 
     K, V, position and score move together. In place, each head's kept slots go to the front of its
     own pages, in order, so that a target never lies behind its source; then the used pages of
@@ -79,7 +81,7 @@ def compact(
     used = -(-lengths // pool.block_size)
     target = source if targets is None else _spread(pool, blocks, used, source.shape[-1])
     kernels.pack_slots(pool, source, kept, target)
-    packed = _measure(pool, target, lengths, used, blocks, num_tokens, spare)
+    packed = yield from _measure(pool, target, lengths, used, blocks, num_tokens, spare)
     staying, free = _gather(pool, packed, blocks, kernels)
     width = -(-packed.longest // pool.block_size)
     held = Holding(staying, packed.pages[..., :width], lengths, num_sticky, packed.longest, free)
@@ -115,8 +117,8 @@ def _measure(
     blocks: Sequence[int],
     num_tokens: int,
     spare: torch.Tensor | None,
-) -> _Packed:
-    """The figures that the host decides by. The one place where it waits for the device."""
+) -> Work[_Packed]:
+    """The figures that the host decides by."""
     until_boundary = -num_tokens % pool.block_size
     growing = used * pool.block_size - lengths < until_boundary
     index = torch.arange(pages.shape[-1], device=pages.device)
@@ -127,7 +129,8 @@ def _measure(
     block_ids = to_device(torch.tensor(blocks, dtype=torch.int64), pages.device)
     unused = growing.sum() if spare is None else torch.maximum(growing.sum(), spare)
     sums = torch.stack([used.sum() + unused, lengths.max(), lengths.sum()])
-    needed, longest, kept_slots, *in_blocks = torch.cat([sums, counts[block_ids]]).tolist()
+    asked = yield torch.cat([sums, counts[block_ids]]).double()
+    needed, longest, kept_slots, *in_blocks = map(int, asked)
     return _Packed(pages, is_used, in_blocks, needed, longest, kept_slots)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fastgen_vllm.cache.pages import PagePool
 from fastgen_vllm.kernels.contract import UNBOUNDED, DecodeBatch, HeadRules, HeadState
-from fastgen_vllm.kernels.reference import budgets, pages_in_order
+from fastgen_vllm.kernels.reference import pages_in_order
 from fastgen_vllm.tensors import EMPTY, layers_at_once, to_device
 
 
@@ -180,16 +180,22 @@ class HeadTables:
         self.state.num_free[row] = 0
         self._free_rows.append(row)
 
-    def grant(self, request_id: str, blocks: Sequence[int]) -> None:
-        """The scheduler gave the request more blocks: their pages become its free pages."""
-        state, row = self.state, self.rows[request_id]
-        device = state.page_table.device
-        block_ids = to_device(torch.tensor(blocks, dtype=torch.int64), device)
-        pages = self.pool.pages_of(block_ids).flatten()
-        top = state.num_free[row] + torch.arange(len(pages), device=device)
-        state.free_pages[row].scatter_(0, top, pages.int())
-        state.num_free[row] += len(pages)
-        self.blocks[request_id].extend(blocks)
+    def grant(self, blocks: Mapping[str, Sequence[int]]) -> None:
+        """The scheduler gave requests more blocks, one at least: their pages become free pages."""
+        state, count = self.state, self.pool.pages_per_block
+        each = [(self.rows[r], b, i) for r, own in blocks.items() for i, b in enumerate(own)]
+        # Prepared on the host, and sent at once: every operation on a device is a launch.
+        on_host = torch.tensor(each, dtype=torch.int64)
+        added = torch.full_like(on_host[:, :1], count)
+        pages, above = on_host[:, 1:, None].mul(count).add(torch.arange(count)).unbind(1)
+        sent = torch.cat([on_host[:, :1], added, above, pages], dim=1)
+        sent = to_device(sent, state.page_table.device)
+        rows, added, above, pages = sent.split([1, 1, count, count], dim=1)
+        index = state.num_free[rows] + above
+        state.free_pages.index_put_((rows, index), pages.int())
+        state.num_free.index_add_(0, rows[:, 0], added[:, 0].int())
+        for request_id, own in blocks.items():
+            self.blocks[request_id].extend(own)
 
     def batch(
         self, request_ids: Sequence[str], num_tokens: torch.Tensor, token_classes: torch.Tensor
@@ -212,26 +218,6 @@ class HeadTables:
         slots = torch.empty(shape, dtype=torch.int64, device=rows.device)
         max_pages = -(-longest // self.pool.block_size)
         return DecodeBatch(rows, num_tokens, token_classes, slots, max_pages)
-
-    def free_pages(
-        self, request_ids: Sequence[str], num_tokens: torch.Tensor | None, steps: int
-    ) -> torch.Tensor:
-        """int32 ``[N]``: pages that requests own unused, and will still after ``steps`` more steps.
-
-        A head takes at most one page in them, near the end of its last and where it is below its
-        budget.
-
-        Args:
-            num_tokens: int64 ``[N]``, tokens so far; None where ``steps`` is 0.
-        """
-        state, rows = self.state, self.rows_of(request_ids)
-        if not steps or num_tokens is None:
-            return state.num_free[rows]
-        lengths, rules = state.lengths[rows], state.rules[rows]
-        num_sticky = state.num_sticky[rows] + steps * (rules.sticky_kinds != 0)
-        grows = lengths < budgets(rules, num_sticky, num_tokens[:, None, None] + steps)
-        takes_page = grows & (-lengths % self.pool.block_size < steps)
-        return (state.num_free[rows] - takes_page.flatten(1).sum(-1)).int()
 
     def pages_of(self, request_id: str) -> torch.Tensor:
         """The pages that each head uses: int64 ``[L, H, P]``, padded with page 0."""

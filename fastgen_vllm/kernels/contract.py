@@ -202,6 +202,15 @@ class Kernels(Protocol):
 
     def plan_decode(self, pages: Pages, heads: HeadState, batch: DecodeBatch) -> torch.Tensor: ...
 
+    def free_pages(
+        self,
+        heads: HeadState,
+        rows: torch.Tensor,
+        num_tokens: torch.Tensor,
+        block_size: int,
+        steps: int,
+    ) -> torch.Tensor: ...
+
     def decode_attention(
         self,
         query: torch.Tensor,

@@ -20,13 +20,14 @@ from fastgen_vllm.kernels.contract import (
     ProfiledQueries,
     PromptKeys,
 )
-from fastgen_vllm.kernels.reference import gather_keys, move_pages
+from fastgen_vllm.kernels.reference import free_pages, gather_keys, move_pages
 
 __all__ = [
     "NAME",
     "attention_mass",
     "attention_peaks",
     "decode_attention",
+    "free_pages",
     "move_pages",
     "pack_slots",
     "plan_decode",

@@ -13,6 +13,7 @@ from fastgen_vllm.kernels.contract import DecodeBatch, HeadState, Pages
 from fastgen_vllm.kernels.triton import (
     attention_mass,
     attention_peaks,
+    free_pages,
     move_pages,
     pack_slots,
     plan_decode,
@@ -28,6 +29,7 @@ __all__ = [
     "attention_mass",
     "attention_peaks",
     "decode_attention",
+    "free_pages",
     "move_pages",
     "pack_slots",
     "plan_decode",

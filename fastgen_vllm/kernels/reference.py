@@ -235,6 +235,29 @@ def budgets(rules: HeadRules, num_sticky: torch.Tensor, num_tokens: torch.Tensor
     return num_sticky + ceil_ratio(rules.frequent, num_tokens) + windows(rules, num_tokens)
 
 
+def free_pages(
+    heads: HeadState, rows: torch.Tensor, num_tokens: torch.Tensor, block_size: int, steps: int
+) -> torch.Tensor:
+    """Pages that requests own unused, and will still after ``steps`` more steps.
+
+    A head takes at most one page in them, near the end of its last and where it is below its
+    budget.
+
+    Args:
+        rows: int64 ``[N]``.
+        num_tokens: int64 ``[N]``, tokens so far.
+        steps: 1 or more, and fewer than ``block_size``.
+
+    Returns:
+        int32 ``[N]``.
+    """
+    lengths, rules = heads.lengths[rows], heads.rules[rows]
+    num_sticky = heads.num_sticky[rows] + steps * (rules.sticky_kinds != 0)
+    grows = lengths < budgets(rules, num_sticky, num_tokens[:, None, None] + steps)
+    takes_page = grows & (-lengths % block_size < steps)
+    return (heads.num_free[rows] - takes_page.flatten(1).sum(-1)).int()
+
+
 def plan_decode(pages: Pages, heads: HeadState, batch: DecodeBatch) -> torch.Tensor:
     """Give the newest token of each request a slot in every head, evicting where over budget.
 

@@ -103,6 +103,7 @@ class PromptStats:
         token_classes: uint8 ``[n]``, sinks among the special tokens.
         page_size: slots per page, the unit of memory.
         observed: for methods that need the model, where it was gathered.
+        on_host: ``token_classes`` there, where they are known.
     """
 
     mass: torch.Tensor
@@ -113,10 +114,16 @@ class PromptStats:
     page_size: int
     profiling: Profiling
     observed: Observed | None = None
+    on_host: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.scores.shape[-1]
+
+    @property
+    def classes_on_host(self) -> torch.Tensor:
+        """Waits for the device where they are not known."""
+        return self.token_classes.cpu() if self.on_host is None else self.on_host
 
     @property
     def seen(self) -> Observed:

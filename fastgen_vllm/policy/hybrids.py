@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastgen_vllm.kernels.contract import UNBOUNDED, HeadRules
 from fastgen_vllm.policy.tokens import CLASS_BITS, PROTECTED, TOKEN_CLASSES
+from fastgen_vllm.reads import Work, figures
 from fastgen_vllm.tensors import RATIO_UNIT, ceil_ratio, to_device
 
 
@@ -149,12 +150,12 @@ class Ladder:
         return sorted({width for h, width in widths if not h.full}) or [num_tokens]
 
 
-def hybrids_of(rules: HeadRules) -> list[Hybrid]:
-    """The policy of every head, from its numbers, in the order of ``flatten()``. Waits for the
-    device once."""
+def hybrids_of(rules: HeadRules) -> Work[list[Hybrid]]:
+    """The policy of every head, from its numbers, in the order of ``flatten()``."""
     numbers = (rules.sticky_kinds, rules.frequent, rules.local, rules.least_window)
-    columns = torch.stack([tensor.flatten().int() for tensor in numbers], dim=-1)
-    return [_hybrid_of(*row) for row in columns.tolist()]
+    asked = yield from figures(torch.stack([tensor.flatten().int() for tensor in numbers], dim=-1))
+    rows = iter(map(int, asked))
+    return [_hybrid_of(*row) for row in zip(rows, rows, rows, rows, strict=True)]
 
 
 @lru_cache(maxsize=1 << 14)

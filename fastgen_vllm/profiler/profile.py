@@ -79,7 +79,8 @@ class PromptProfile:
         self.num_protected = prompt.num_protected
         device = plan.ladder.rules.sticky_kinds.device
         profiling = self.profiling = plan.profiling
-        self.token_classes = to_device(with_sinks(prompt.classes, profiling.num_sinks), device)
+        self._on_host = with_sinks(prompt.classes, profiling.num_sinks)
+        self.token_classes = to_device(self._on_host, device)
         self.bounds = to_device(torch.tensor(plan.ladder.windows(self.num_tokens)), device)
         groups = heads.group_size if config.group_reduction == "min" else 1
         shape = (heads.num_layers, heads.num_kv_heads)
@@ -212,4 +213,5 @@ class PromptProfile:
             self.page_size,
             self.profiling,
             self.observed,
+            self._on_host,
         )

@@ -9,6 +9,7 @@ import torch
 
 from fastgen_vllm.config import RequestOverride
 from fastgen_vllm.policy.choice import Choice
+from fastgen_vllm.reads import done
 from fastgen_vllm.runtime.growth import Growth
 from fastgen_vllm.runtime.report import PendingReport, StepReport
 from fastgen_vllm.runtime.runtime import Runtime
@@ -56,8 +57,8 @@ class Driver:
     ) -> None:
         """A request whose prompt lies encoded in ``blocks`` keeps what it chose."""
         self.requests[name] = Driven(list(tokens), len(tokens), blocks)
-        done = self.runtime.install(name, blocks, choice, growth=growth)
-        self.give_back(name, done.vacated)
+        installed = done(self.runtime.install(name, blocks, choice, growth=growth))
+        self.give_back(name, installed.vacated)
         tables = self.runtime.tables
         self.requests[name].free_pages = int(tables.state.num_free[tables.rows[name]])
 
@@ -87,8 +88,8 @@ class Driver:
             return
         blocks = self.take(missing)
         request.table += blocks
-        if request.free_pages is not None and blocks:
-            self.runtime.grant(name, blocks)
+        self.runtime.grant({name: blocks})
+        if request.free_pages is not None:
             request.free_pages += pool.pages_per_block * len(blocks)
 
     def start_step(self, counts: Mapping[str, int]) -> Step:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from fastgen_vllm.policy.choice import Choice, Goal
 from fastgen_vllm.policy.hybrids import hybrids_of
 from fastgen_vllm.policy.protect import SystemPrompts, protect
 from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile, PromptTokens
+from fastgen_vllm.reads import Work, done, figures, together
 from fastgen_vllm.runtime.growth import Growth, slots_in
 from fastgen_vllm.runtime.report import HeadsKept, Kept, KeptAgain, PendingReport, StepReport
 from fastgen_vllm.runtime.step import Prefill, PrefillChunk, Step
@@ -127,11 +128,17 @@ class Runtime:
         self.growths.pop(request_id, None)
         self.tables.release(request_id)
 
-    def grant(self, request_id: str, blocks: Sequence[int]) -> None:
-        """Blocks that the scheduler gave a decoding request; 0, the null block, gives nothing."""
-        real = [block for block in blocks if block]
-        if real and request_id in self.tables.rows:
-            self.tables.grant(request_id, real)
+    def grant(self, blocks: Mapping[str, Sequence[int]]) -> None:
+        """Blocks that the scheduler gave requests for a step; 0, the null block, gives one that
+        decodes nothing."""
+        decoding = {}
+        for request_id, own in blocks.items():
+            if request_id in self.prefills:
+                self.prefills[request_id].blocks += own
+            elif request_id in self.tables.rows and any(own):
+                decoding[request_id] = [block for block in own if block]
+        if decoding:
+            self.tables.grant(decoding)
 
     def start_step(
         self,
@@ -251,33 +258,41 @@ class Runtime:
         """Compress the requests whose prompt ended, those that have grown and those that the
         scheduler wants to ``squeeze``, and report."""
         report, ended = StepReport(), []
+        works: list[Work[None]] = []
         for request_id in step.decode_ids:
             growth = self.growths.get(request_id)
             if growth is None:
                 continue
             squeezed, grown = request_id in squeeze, growth.add_token()
             if grown or squeezed:
-                self._compact_again(request_id, growth, report, squeezed)
+                works.append(self._compact_again(request_id, growth, report, squeezed))
         for chunk in step.chunks:
             prefill = self.prefills.get(chunk.request_id)
             if prefill is not None and chunk.num_seen == prefill.num_tokens:
-                self._compress(chunk, prefill, report)
+                works.append(self._compress(chunk, prefill, report))
                 ended.append(chunk.num_seen)
+        done(together(*works))
         alive = [*step.decode_ids, *report.kept]
-        seen = self._tokens_seen(step, ended) if self.report_lag else None
-        free_pages = self.tables.free_pages(alive, seen, self.report_lag)
+        free_pages = self._free_pages(alive, step, ended)
         if self.config.debug:
             self.tables.audit()
             report.owned = {r: list(self.tables.blocks[r]) for r in alive}
         short = free_pages.new_full((1,), -1) if step.short is None else step.short
         return PendingReport(report, alive, torch.cat([free_pages, short]))
 
-    def _tokens_seen(self, step: Step, ended: list[int]) -> torch.Tensor:
-        """int64, of the requests that decoded and of the prompts that ended."""
-        prompts = to_device(torch.tensor(ended, dtype=torch.int64), self.pool.kv.device)
-        return prompts if step.decode is None else torch.cat([step.decode.num_tokens, prompts])
+    def _free_pages(self, alive: Sequence[str], step: Step, ended: list[int]) -> torch.Tensor:
+        """int32, of the requests that decoded and of the prompts that ended, when the report is
+        read."""
+        state, rows = self.tables.state, self.tables.rows_of(alive)
+        if not self.report_lag:
+            return state.num_free[rows]
+        seen = None if step.decode is None else step.decode.num_tokens
+        if ended or seen is None:
+            prompts = to_device(torch.tensor(ended, dtype=torch.int64), self.pool.kv.device)
+            seen = prompts if seen is None else torch.cat([seen, prompts])
+        return self.kernels.free_pages(state, rows, seen, self.pool.block_size, self.report_lag)
 
-    def _compress(self, chunk: PrefillChunk, prefill: Prefill, report: StepReport) -> None:
+    def _compress(self, chunk: PrefillChunk, prefill: Prefill, report: StepReport) -> Work[None]:
         request_id, n = chunk.request_id, prefill.num_tokens
         total = n * self.pool.pages_per_block
         profile, growth = prefill.profile, prefill.growth
@@ -287,20 +302,25 @@ class Runtime:
         if growth is not None and growth.waits:
             choice = choice.whole()
         del self.prefills[request_id]
-        blocks = chunk.blocks.tolist()
-        done = self.install(request_id, blocks, choice, prefill.targets, growth)
-        kinds = [hybrid.kind for hybrid in hybrids_of(choice.rules)]
-        report.vacated[request_id] = done.vacated
+        blocks = prefill.blocks[: len(chunk.blocks)]
+        assert not self.config.debug or blocks == chunk.blocks.tolist(), request_id
+        installed, hybrids, (recovery,) = yield from together(
+            self.install(request_id, blocks, choice, prefill.targets, growth),
+            hybrids_of(choice.rules),
+            figures(choice.recovery.mean()),
+        )
+        kinds = [hybrid.kind for hybrid in hybrids]
+        report.vacated[request_id] = installed.vacated
         given_back = len(blocks) - len(self.tables.blocks[request_id])
         policies, cached = dict(Counter(kinds)), prefill.cached_tokens or 0
-        kept = Kept(done.kept_slots, total, given_back, policies, cached)
+        kept = Kept(installed.kept_slots, total, given_back, policies, cached)
         if self.config.page:
             kept = replace(kept, heads=HeadsKept.of(choice.kept, kinds))
         if profile is not None and self.config.method == "fastgen":
             kept = replace(
                 kept,
                 budget=profile.budget,
-                recovery=float(choice.recovery.mean()),
+                recovery=recovery,
                 protected_tokens=profile.num_protected,
             )
         report.kept[request_id] = kept
@@ -314,23 +334,23 @@ class Runtime:
 
     def _compact_again(
         self, request_id: str, growth: Growth, report: StepReport, squeezed: bool
-    ) -> None:
+    ) -> Work[None]:
         tables = self.tables
         row, pages = tables.rows[request_id], tables.pages_of(request_id)
         slots = slots_in(self.pool, pages, tables.state.lengths[row], growth.num_tokens)
         rules, kept = growth.choose(self.pool, slots)
-        in_use = slots.lengths.sum()
         # The scheduler may count on what was unused, where it reads of this later.
         spare = tables.state.num_free[row] if self.report_lag else None
-        done = compact(
-            tables, request_id, pages, kept, growth.num_tokens, self.kernels, spare=spare
+        n, in_use = growth.num_tokens, slots.lengths.sum()
+        compacted, (before,) = yield from together(
+            compact(tables, request_id, pages, kept, n, self.kernels, spare=spare),
+            figures(in_use),
         )
         tables.state.rules[row] = rules
-        report.vacated[request_id] = done.vacated
-        total = growth.num_tokens * self.pool.pages_per_block
-        ratio, dropped = done.kept_slots / total, int(in_use) - done.kept_slots
-        again = KeptAgain(ratio, growth.num_tokens, dropped, squeezed)
-        report.kept_again[request_id] = again
+        report.vacated[request_id] = compacted.vacated
+        slots_left, total = compacted.kept_slots, n * self.pool.pages_per_block
+        ratio, dropped = slots_left / total, int(before) - slots_left
+        report.kept_again[request_id] = KeptAgain(ratio, n, dropped, squeezed)
 
     def install(
         self,
@@ -339,7 +359,7 @@ class Runtime:
         choice: Choice,
         targets: Sequence[int] | None = None,
         growth: Growth | None = None,
-    ) -> Compacted:
+    ) -> Work[Compacted]:
         """Enter a prompt that lies in ``blocks``, in token order, and compact it to the choice,
         into ``targets`` where it is not to change."""
         tables, n = self.tables, choice.kept.shape[-1]
@@ -350,4 +370,6 @@ class Runtime:
         if choice.is_everything and targets is None:
             tables.hold_all(request_id, pages, n)
             return Compacted([], n * self.pool.pages_per_block)
-        return compact(tables, request_id, pages, choice.kept, n, self.kernels, targets)
+        return (
+            yield from compact(tables, request_id, pages, choice.kept, n, self.kernels, targets)
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,6 +18,7 @@ class Prefill:
     Attributes:
         profile: None where all is kept.
         growth: how it goes on; None where it is not compacted again.
+        blocks: that it was given so far, in token order.
         targets: blocks that it is compacted into; None where its own blocks are its alone.
         cached_tokens: those that it found encoded, once its first chunk is planned.
     """
@@ -25,6 +26,7 @@ class Prefill:
     num_tokens: int
     profile: PromptProfile | None = None
     growth: Growth | None = None
+    blocks: list[int] = field(default_factory=list)
     targets: list[int] | None = None
     cached_tokens: int | None = None
 

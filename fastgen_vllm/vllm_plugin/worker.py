@@ -172,18 +172,21 @@ class FastGenWorkerMixin(WorkerBase):
             self.sampling_params.pop(request_id, None)
         for request_id in scheduler_output.preempted_req_ids or ():
             runtime.release(request_id)
+        granted: dict[str, list[int]] = {}
         for new in scheduler_output.scheduled_new_reqs:
             self.sampling_params[new.req_id] = new.sampling_params
             # The V2 runner gets resumed requests as new ones, with what they have generated.
             tokens = new.prefill_token_ids or new.prompt_token_ids
             self._begin(new.req_id, tokens, new.prompt_len)
+            granted[new.req_id] = new.block_ids[0]
         cached = scheduler_output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             if request_id in cached.resumed_req_ids:
                 sent = self.model_runner.requests[request_id].num_prompt_tokens
                 self._begin(request_id, cached.all_token_ids[request_id], sent)
-            elif cached.new_block_ids[i] is not None:
-                runtime.grant(request_id, cached.new_block_ids[i][0])
+            if cached.new_block_ids[i] is not None:
+                granted[request_id] = cached.new_block_ids[i][0]
+        runtime.grant(granted)
         for request_id, blocks in scheduler_output.fastgen_targets.items():
             runtime.compact_into(request_id, blocks)
 

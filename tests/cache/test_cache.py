@@ -13,6 +13,7 @@ from fastgen_vllm.cache import HeadTables, PagePool, compact
 from fastgen_vllm.cache.head_tables import MARGIN, Holding
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import UNBOUNDED, HeadRules, reference
+from fastgen_vllm.reads import done
 from fastgen_vllm.runtime.driver import Driver
 from fastgen_vllm.runtime.runtime import Runtime
 
@@ -96,16 +97,17 @@ class PoolLife(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
         kept = torch.rand(positions.shape, generator=generator) < data.draw(st.floats(0, 1))
         kept = (kept | (positions == request.computed - 1)) & (positions >= 0)
-        done = compact(tables, name, pages, kept, request.computed, self.runtime.kernels, targets)
-        assert done.kept_slots == kept.sum()
+        work = compact(tables, name, pages, kept, request.computed, self.runtime.kernels, targets)
+        compacted = done(work)
+        assert compacted.kept_slots == kept.sum()
         if targets is not None:
-            owned = [block for block in targets if block not in done.vacated]
-            self.driver.free += [block for block in targets if block in done.vacated]
-            self.driver.give_back(name, [b for b in done.vacated if b not in targets])
+            owned = [block for block in targets if block not in compacted.vacated]
+            self.driver.free += [block for block in targets if block in compacted.vacated]
+            self.driver.give_back(name, [b for b in compacted.vacated if b not in targets])
             # A list must have the place; which one a block takes does not matter.
             request.table[: len(owned)] = owned
         else:
-            self.driver.give_back(name, done.vacated)
+            self.driver.give_back(name, compacted.vacated)
         request.free_pages = int(tables.state.num_free[tables.rows[name]])
 
     @precondition(lambda self: self.driver.requests)
@@ -158,6 +160,7 @@ def test_full_heads_keep_every_page() -> None:
     kv = torch.zeros(BLOCKS, LAYERS, HEADS, BLOCK, 2 * SIZE)
     runtime = Runtime(config, torch.zeros(VOCAB, dtype=torch.uint8), kv, GROUP)
     runtime.begin_prefill("a", list(range(17)), RequestOverride())
+    runtime.grant({"a": [5, 3, 9]})
     table = torch.tensor([[5, 3, 9]])
     step = runtime.start_step(
         ["a"], torch.tensor([0, 17]), torch.tensor([17]), table, torch.arange(17)
@@ -241,7 +244,7 @@ def test_each_head_has_room_of_its_own() -> None:
     kept = torch.zeros(2, 4, n, dtype=torch.bool)
     kept[..., -BLOCK:] = True
     kept[0, 0] = True
-    vacated = compact(tables, "long", pages, kept, n, reference).vacated
+    vacated = done(compact(tables, "long", pages, kept, n, reference)).vacated
     assert len(vacated) == blocks - -(-(blocks + 7) // 8)
     starts = tables.state.table_start[tables.rows["long"]].flatten()
     rooms = starts[1:] - starts[:-1]

@@ -376,6 +376,24 @@ def plan_decode_short_of_pages(kernels: Kernels, seed: int = 0) -> None:
     assert (tables.pages.positions[0] == -1).all(), "page 0 is nobody's"
 
 
+def free_pages(kernels: Kernels, block_size: int, seed: int = 0) -> None:
+    """As the reference's, and no more than are left in the end, whatever the tokens' classes."""
+    torch.manual_seed(seed)
+    tables = Tables.random(5, block_size)
+    for steps in (1, 2, 3):
+        rows, t = torch.tensor([3, 0, 4]), torch.tensor([201, 230, 222])
+        found = kernels.free_pages(tables.heads, rows, t, block_size, steps)
+        wanted = reference.free_pages(tables.heads, rows, t, block_size, steps)
+        assert found.dtype == torch.int32 and torch.equal(found, wanted)
+        later = copy.deepcopy(tables)
+        for step in range(steps):
+            classes = torch.full((3,), 255 * (step % 2), dtype=torch.uint8)
+            batch = DecodeBatch(rows, t + step + 1, classes, torch.zeros(3, 2, 2).long(), 6)
+            reference.plan_decode(later.pages, later.heads, batch)
+        assert (found <= later.heads.num_free[rows]).all()
+    assert len(kernels.free_pages(tables.heads, rows[:0], t[:0], block_size, 1)) == 0
+
+
 def _random_pages(count: int, block_size: int, size: int) -> Pages:
     kv = torch.randn(count, block_size, size).bfloat16()
     positions = torch.randint(1000, (count, block_size), dtype=torch.int32)

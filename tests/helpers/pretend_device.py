@@ -29,6 +29,8 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 INDEXING |= {aten._index_put_impl_.default}
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
 WAITING |= {aten.equal.default}
+NOT_RUN = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
+NOT_RUN |= {aten.new_empty.default, aten.detach.default, aten._local_scalar_dense.default}
 
 
 def efficient_attention(
@@ -98,12 +100,14 @@ class PretendDevice(TorchDispatchMode):
 
     Attributes:
         waits: operations that would have made the host wait for the device.
+        launches: operations that a device runs: all but views and empty tensors.
         in_use, peak: bytes of the device's tensors, now and at most.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.launches: list[str] = []
         self.in_use = self.peak = 0
         self._tensors_of: Counter[int] = Counter()
 
@@ -149,6 +153,7 @@ class PretendDevice(TorchDispatchMode):
             waits = any(x.dtype == torch.bool or not isinstance(x, OnDevice) for x in indices)
         if (ours or on_device) and waits and not kwargs.get("non_blocking"):
             self.waits.append(str(func))
+        self._count(func, bool(ours) or on_device)
         owners = {id(x.on_cpu): x for x in ours}
         result = SUBSTITUTES.get(func, func)(
             *tree_map(_on_cpu, args),
@@ -164,6 +169,10 @@ class PretendDevice(TorchDispatchMode):
 
         return tree_map(wrap, result)
 
+    def _count(self, func: Any, on_device: bool) -> None:
+        if on_device and not _is_view(func) and func not in NOT_RUN:
+            self.launches.append(str(func))
+
     def _check(self, func: Any, args: tuple, tensors: list[torch.Tensor]) -> None:
         if func in INDEXING:
             tensors = [args[0], *args[2:3]] if isinstance(args[0], OnDevice) else tensors
@@ -173,6 +182,12 @@ class PretendDevice(TorchDispatchMode):
         if len(here) > 1:
             shapes = [(type(x).__name__, tuple(x.shape)) for x in tensors]
             raise RuntimeError(f"{func}: tensors of the device and of the CPU: {shapes}")
+
+
+def _is_view(func: Any) -> bool:
+    """Whether what it returns is memory of its arguments, which it does not write."""
+    returned = [result.alias_info for result in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in returned)
 
 
 def _to_meta(x: Any) -> Any:
@@ -206,8 +221,9 @@ class FromNumbers(TorchFunctionMode):
         return func(*args, **kwargs).to(_to_meta(device))
 
 
-def _launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+def _launch(mode: PretendDevice, self: GridExecutor, *args: Any, **kwargs: Any) -> None:
     """Triton's interpreter, for tensors of the device only."""
+    mode.launches.append(self.fn.__name__)
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
     assert all(isinstance(x, OnDevice) for x in tensors), "a kernel was given a tensor of the CPU"
     with _disable_current_modes():
@@ -223,9 +239,10 @@ def _on_cpu(x: Any) -> Any:
 
 @contextmanager
 def pretend_device() -> Iterator[PretendDevice]:
-    with (
-        patch.object(GridExecutor, "__call__", _launch),
-        FromNumbers(),
-        PretendDevice() as mode,
-    ):
+    mode = PretendDevice()
+
+    def launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        _launch(mode, self, *args, **kwargs)
+
+    with patch.object(GridExecutor, "__call__", launch), FromNumbers(), mode:
         yield mode

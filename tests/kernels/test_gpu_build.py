@@ -18,6 +18,7 @@ KERNELS = {
     "attend_kernel",
     "attention_mass_kernel",
     "attention_peaks_kernel",
+    "free_pages_kernel",
     "grow_kernel",
     "merge_kernel",
     "move_pages_kernel",

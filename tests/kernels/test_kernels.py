@@ -90,6 +90,11 @@ def test_plan_decode(kernels: Kernels, block_size: int) -> None:
     cases.plan_decode(kernels, block_size)
 
 
+@pytest.mark.parametrize("block_size", [8, 16])
+def test_free_pages(kernels: Kernels, block_size: int) -> None:
+    cases.free_pages(kernels, block_size)
+
+
 def test_plan_decode_says_who_is_short_of_pages(kernels: Kernels) -> None:
     cases.plan_decode_short_of_pages(kernels)
 

@@ -57,6 +57,7 @@ def every_operation(group: int, head_size: int, dtype: torch.dtype) -> None:
     slots = torch.zeros(n, 2, heads, dtype=torch.int64)
     batch = DecodeBatch(rows, rows + 1, classes, slots, 6)
     ops.plan_decode(pages, tables.heads, batch)
+    ops.free_pages(tables.heads, rows, rows + 1, block_size, 1)
     key = torch.zeros(n, heads, head_size, dtype=dtype)
     ops.write_kv(key, key, kv, slots[:, 0])
     query = torch.zeros(n, heads, group, head_size, dtype=dtype)

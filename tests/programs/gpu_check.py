@@ -51,6 +51,7 @@ def triton_cases(small: bool) -> Iterator[tuple[str, Case]]:
                 yield f"head size {head_size}, block size {block}, {dtype}", case
     for block in (8,) if small else (8, 16, 32):
         yield f"bookkeeping, block size {block}", partial(cases.plan_decode, triton, block)
+        yield f"free pages, block size {block}", partial(cases.free_pages, triton, block)
     yield "bookkeeping, short of pages", partial(cases.plan_decode_short_of_pages, triton)
     yield "page moves", partial(cases.move_pages, triton)
     for n in (1, 16, 17, 100):

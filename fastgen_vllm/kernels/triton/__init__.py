@@ -13,6 +13,7 @@ from fastgen_vllm.kernels.reference import prepare, value_norms
 from fastgen_vllm.kernels.triton.attention_mass import attention_mass
 from fastgen_vllm.kernels.triton.attention_peaks import attention_peaks
 from fastgen_vllm.kernels.triton.decode_attention import decode_attention
+from fastgen_vllm.kernels.triton.free_pages import free_pages
 from fastgen_vllm.kernels.triton.pack_slots import move_pages, pack_slots
 from fastgen_vllm.kernels.triton.plan_decode import plan_decode
 from fastgen_vllm.kernels.triton.write_kv import write_kv
@@ -22,6 +23,7 @@ __all__ = [
     "attention_mass",
     "attention_peaks",
     "decode_attention",
+    "free_pages",
     "move_pages",
     "pack_slots",
     "plan_decode",
