@@ -119,6 +119,7 @@ class FastGenConfig(BaseModel):
     protect_limit: float = Field(default=0.5, gt=0.0, le=1.0)
     min_recovery: float = Field(default=0.0, ge=0.0, le=1.0)
     page: bool = False
+    cuda_graphs: bool = False
     debug: bool = Field(default_factory=lambda: os.environ.get("FASTGEN_DEBUG", "0") == "1")
 
     @field_validator("method")

@@ -1,5 +1,6 @@
 """What the host must know of a device. Each time it asks, it waits for all that the device has to
-do, so works that need figures ask together."""
+do, so works that need figures ask together: a work is a generator that yields a tensor of the
+device, is sent its numbers and goes on."""
 
 from __future__ import annotations
 
@@ -12,8 +13,7 @@ import torch
 Result = TypeVar("Result")
 
 Work = Generator[torch.Tensor, list[float], Result]
-"""Yields figures of a device, float64 ``[k]``, and is sent their numbers; in the end it returns its
-result. Whole numbers up to 2**53 stay what they are."""
+"""What it yields is float64 ``[k]``, in which whole numbers up to 2**53 stay what they are."""
 
 
 def figures(tensor: torch.Tensor) -> Work[list[float]]:
@@ -38,7 +38,7 @@ def together(*works: Work[Any]) -> Work[list[Any]]:
         answers = {i: list(islice(numbers, len(tensor))) for i, tensor in asked.items()}
 
 
-def done(work: Work[Result]) -> Result:
+def wait_for(work: Work[Result]) -> Result:
     """Its result, after a wait for each round of figures."""
     numbers: Any = None
     while True:

@@ -10,7 +10,7 @@ import torch
 from fastgen_vllm.cache.head_tables import HeadTables, Holding
 from fastgen_vllm.cache.pages import PagePool
 from fastgen_vllm.kernels.contract import Kernels
-from fastgen_vllm.reads import Work
+from fastgen_vllm.reads import Work, figures
 from fastgen_vllm.tensors import layers_at_once, to_device
 
 
@@ -129,7 +129,7 @@ def _measure(
     block_ids = to_device(torch.tensor(blocks, dtype=torch.int64), pages.device)
     unused = growing.sum() if spare is None else torch.maximum(growing.sum(), spare)
     sums = torch.stack([used.sum() + unused, lengths.max(), lengths.sum()])
-    asked = yield torch.cat([sums, counts[block_ids]]).double()
+    asked = yield from figures(torch.cat([sums, counts[block_ids]]))
     needed, longest, kept_slots, *in_blocks = map(int, asked)
     return _Packed(pages, is_used, in_blocks, needed, longest, kept_slots)
 

@@ -63,8 +63,9 @@ class Holding:
 class HeadTables:
     """State of the requests that are past their prompt, one row each.
 
-    All of it stays where it is in memory. A request's heads lie side by side in the page table,
-    each with room of its own; requests lie anywhere.
+    All of it stays where it is in memory, the batch's figures too, so that a CUDA graph can be
+    replayed. A request's heads lie side by side in the page table, each with room of its own;
+    requests lie anywhere. The last row is nobody's, and empty: it pads a batch.
 
     Attributes:
         state: what kernels read and change.
@@ -74,7 +75,8 @@ class HeadTables:
 
     def __init__(self, pool: PagePool, max_requests: int = 8) -> None:
         self.pool, self.max_requests = pool, max_requests
-        device, heads = pool.kv.device, (max_requests, pool.num_layers, pool.num_kv_heads)
+        device, shape = pool.kv.device, (pool.num_layers, pool.num_kv_heads)
+        heads, self._nobody = (max_requests + 1, *shape), max_requests
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -86,9 +88,18 @@ class HeadTables:
             zeros(*heads),
             zeros(*heads),
             HeadRules.zeros(heads, device),
-            zeros(max_requests, MOST_FREE_BLOCKS * pool.pages_per_block),
-            zeros(max_requests),
+            zeros(max_requests + 1, MOST_FREE_BLOCKS * pool.pages_per_block),
+            zeros(max_requests + 1),
         )
+        self._batch = DecodeBatch(
+            zeros(max_requests, dtype=torch.int64) + self._nobody,
+            zeros(max_requests, dtype=torch.int64),
+            zeros(max_requests, dtype=torch.uint8),
+            zeros(max_requests, *shape, dtype=torch.int64),
+            0,
+        )
+        self._seated: torch.Tensor | None = None
+        """The rows that are in the batch."""
         self.rows: dict[str, int] = {}
         self.blocks: dict[str, list[int]] = {}
         self._free_rows = list(range(max_requests))[::-1]
@@ -200,10 +211,11 @@ class HeadTables:
     def batch(
         self, request_ids: Sequence[str], num_tokens: torch.Tensor, token_classes: torch.Tensor
     ) -> DecodeBatch:
-        """A step in which each request may get one slot more in every head.
+        """A step in which each request may get one slot more in every head. It lies where that of
+        the step before lay.
 
         Args:
-            num_tokens: int64 ``[N]``, with the newest.
+            num_tokens: int ``[N]``, with the newest.
             token_classes: uint8 ``[N]``, the newest token's.
         """
         longest = 0
@@ -213,11 +225,35 @@ class HeadTables:
                 self._lay_out(request_id, self.pages_of(request_id))
             self._bounds[request_id] = bound
             longest = max(longest, bound)
-        rows = self.rows_of(request_ids)
-        shape = (len(rows), self.pool.num_layers, self.pool.num_kv_heads)
-        slots = torch.empty(shape, dtype=torch.int64, device=rows.device)
-        max_pages = -(-longest // self.pool.block_size)
-        return DecodeBatch(rows, num_tokens, token_classes, slots, max_pages)
+        rows, n = self.rows_of(request_ids), len(request_ids)
+        if rows is not self._seated:
+            self._seat(rows)
+        self._batch.num_tokens[:n] = num_tokens
+        self._batch.token_classes[:n] = token_classes
+        return self.first_of_batch(n, -(-longest // self.pool.block_size))
+
+    def _seat(self, rows: torch.Tensor) -> None:
+        """Other requests are in the batch. What follows them there is nobody's, and its K and V go
+        to page 0."""
+        n, self._seated = len(rows), rows
+        self._batch.rows[:n] = rows
+        self._batch.rows[n:] = self._nobody
+        self._batch.slots[n:] = 0
+
+    def first_of_batch(self, count: int, max_pages: int) -> DecodeBatch:
+        """The batch's first ``count`` places."""
+        batch = self._batch
+        return DecodeBatch(
+            batch.rows[:count],
+            batch.num_tokens[:count],
+            batch.token_classes[:count],
+            batch.slots[:count],
+            max_pages,
+        )
+
+    def longest_of(self, request_ids: Sequence[str]) -> int:
+        """No head of them has more slots."""
+        return max(self._bounds[request_id] for request_id in request_ids)
 
     def pages_of(self, request_id: str) -> torch.Tensor:
         """The pages that each head uses: int64 ``[L, H, P]``, padded with page 0."""

@@ -147,8 +147,11 @@ class PromptStats:
 
     def with_sinks_alone(self) -> PromptStats:
         """The same, with no sticky tokens but the sinks and protected ones."""
-        rest = self.token_classes & PROTECTED
-        return replace(self, token_classes=with_sinks(rest, self.profiling.num_sinks))
+        num_sinks, on_host = self.profiling.num_sinks, self.on_host
+        if on_host is not None:
+            on_host = with_sinks(on_host & PROTECTED, num_sinks)
+        rest = with_sinks(self.token_classes & PROTECTED, num_sinks)
+        return replace(self, token_classes=rest, on_host=on_host)
 
 
 def with_sinks(token_classes: torch.Tensor, num_sinks: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from fastgen_vllm.config import RequestOverride
 from fastgen_vllm.policy.choice import Choice
-from fastgen_vllm.reads import done
+from fastgen_vllm.reads import wait_for
 from fastgen_vllm.runtime.growth import Growth
 from fastgen_vllm.runtime.report import PendingReport, StepReport
 from fastgen_vllm.runtime.runtime import Runtime
@@ -41,6 +41,8 @@ class Driver:
         self.runtime = runtime
         self.free = list(range(1, runtime.pool.num_blocks))
         self.requests: dict[str, Driven] = {}
+        self._granted: dict[str, list[int]] = {}
+        """For the step that is being planned."""
 
     def begin(self, name: str, tokens: Sequence[int], override: RequestOverride) -> None:
         """A request arrives, or comes back after ``end``."""
@@ -57,7 +59,7 @@ class Driver:
     ) -> None:
         """A request whose prompt lies encoded in ``blocks`` keeps what it chose."""
         self.requests[name] = Driven(list(tokens), len(tokens), blocks)
-        installed = done(self.runtime.install(name, blocks, choice, growth=growth))
+        installed = wait_for(self.runtime.install(name, blocks, choice, growth=growth))
         self.give_back(name, installed.vacated)
         tables = self.runtime.tables
         self.requests[name].free_pages = int(tables.state.num_free[tables.rows[name]])
@@ -88,7 +90,7 @@ class Driver:
             return
         blocks = self.take(missing)
         request.table += blocks
-        self.runtime.grant({name: blocks})
+        self._granted[name] = blocks
         if request.free_pages is not None:
             request.free_pages += pool.pages_per_block * len(blocks)
 
@@ -101,6 +103,8 @@ class Driver:
         device, batch = self.runtime.pool.kv.device, [self.requests[name] for name in counts]
         for name, count in counts.items():
             self.grow(name, self.requests[name].computed + count)
+        self.runtime.grant(self._granted)
+        self._granted = {}
         ids: list[int] = []
         for request, count in zip(batch, counts.values(), strict=True):
             ids += request.tokens[request.computed : request.computed + count]

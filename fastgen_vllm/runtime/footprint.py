@@ -19,7 +19,8 @@ KEY_BYTES = 32
 norm of its value, its score and rank, whether it is kept, where it goes."""
 
 AGAIN_BYTES = 40
-"""What a key takes while it is decided whether its request still keeps it."""
+"""What a key takes while it is decided whether its request still keeps it. Requests are looked at
+together that have ``MOST_AT_ONCE`` keys, or one that has more."""
 
 SCRATCH_BYTES = 80
 """What a key takes while a prompt's policies are chosen or its metadata is written, beside a copy
@@ -72,7 +73,7 @@ def for_requests(load: Load) -> int:
     that a step writes to."""
     slot = 8
     entries = ENTRY_BYTES * table_entries(0, load.max_requests)
-    return load.keys * (load.max_requests * (row_bytes() + slot) + entries)
+    return load.keys * ((load.max_requests + 1) * (row_bytes() + slot) + entries)
 
 
 def for_prompts(config: FastGenConfig, load: Load) -> int:
@@ -90,8 +91,8 @@ def for_prompts(config: FastGenConfig, load: Load) -> int:
     together = min(max(MOST_AT_ONCE, one_layer), one_layer * load.num_layers)
     scratch = together * (mass + groups * SCRATCH_BYTES)
     grows = any(plan.method.choose_again is not None for plan in plans)
-    again = AGAIN_BYTES * load.longest if grows else 0
-    return load.keys * (tokens * (mass + KEY_BYTES) + again) + scratch
+    again = AGAIN_BYTES * max(MOST_AT_ONCE, load.keys * load.longest) if grows else 0
+    return load.keys * tokens * (mass + KEY_BYTES) + again + scratch
 
 
 def for_attention(load: Load) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -12,14 +13,14 @@ from fastgen_vllm.cache import Compacted, HeadTables, PagePool, compact
 from fastgen_vllm.config import FastGenConfig, Plan, RequestOverride
 from fastgen_vllm.kernels import Kernels, PromptKeys, select
 from fastgen_vllm.policy.choice import Choice, Goal
-from fastgen_vllm.policy.hybrids import hybrids_of
+from fastgen_vllm.policy.hybrids import FULL, hybrids_of
 from fastgen_vllm.policy.protect import SystemPrompts, protect
 from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile, PromptTokens
-from fastgen_vllm.reads import Work, done, figures, together
+from fastgen_vllm.reads import Work, figures, together, wait_for
 from fastgen_vllm.runtime.growth import Growth, slots_in
 from fastgen_vllm.runtime.report import HeadsKept, Kept, KeptAgain, PendingReport, StepReport
 from fastgen_vllm.runtime.step import Prefill, PrefillChunk, Step
-from fastgen_vllm.tensors import to_device
+from fastgen_vllm.tensors import LOGITS_BYTES, MOST_AT_ONCE, to_device
 
 NO_SYSTEM_PROMPTS = SystemPrompts()
 
@@ -129,8 +130,9 @@ class Runtime:
         self.tables.release(request_id)
 
     def grant(self, blocks: Mapping[str, Sequence[int]]) -> None:
-        """Blocks that the scheduler gave requests for a step; 0, the null block, gives one that
-        decodes nothing."""
+        """Blocks that the scheduler gave requests for a step. A prompt's come in token order, those
+        of the prefix cache first. A decoding request may get 0, the null block, which adds nothing.
+        """
         decoding = {}
         for request_id, own in blocks.items():
             if request_id in self.prefills:
@@ -175,10 +177,30 @@ class Runtime:
             tokens = to_device(query_start[decoding].long(), token_ids.device)
             rows = to_device(torch.tensor(decoding), token_ids.device)
             seq_lens, token_ids = seq_lens[rows], token_ids[tokens]
-        classes = self.token_classes[token_ids.long()]
-        batch = self.tables.batch(ids, seq_lens.long(), classes)
+        batch = self.tables.batch(ids, seq_lens, self.token_classes[token_ids.long()])
         short = self.kernels.plan_decode(self.pool, self.tables.state, batch)
         return Step(num_tokens, chunks, ids, tokens, batch, short)
+
+    def captured_step(self, num_requests: int) -> Step:
+        """What a CUDA graph holds of a step in which so many requests decode: replayed, it attends
+        for those that ``start_step`` has planned since, and for nobody in the places they leave.
+        """
+        most = self._captured_slots(num_requests) // self.pool.block_size
+        batch = self.tables.first_of_batch(num_requests, most)
+        return Step(num_requests, [], [], None, batch, None)
+
+    def can_replay(self, request_ids: Sequence[str], num_requests: int) -> bool:
+        """Whether a graph of ``num_requests`` serves these in the step to come: all decode, and no
+        head is longer than it was captured for."""
+        if not request_ids or any(r not in self.tables.rows for r in request_ids):
+            return False
+        return self.tables.longest_of(request_ids) < self._captured_slots(num_requests)
+
+    def _captured_slots(self, num_requests: int) -> int:
+        """Of a head, at most: a captured step attends to all requests at once."""
+        of_one = 4 * self.heads.num_kv_heads * self.heads.group_size
+        there_are = self.pool.num_blocks * self.pool.block_size
+        return min(LOGITS_BYTES // (of_one * num_requests), there_are)
 
     def _chunk(
         self,
@@ -257,28 +279,42 @@ class Runtime:
     def finish_step(self, step: Step, squeeze: Collection[str] = ()) -> PendingReport:
         """Compress the requests whose prompt ended, those that have grown and those that the
         scheduler wants to ``squeeze``, and report."""
-        report, ended = StepReport(), []
+        report, ended = StepReport(), {}
+        self._compact_grown(step.decode_ids, squeeze, report)
         works: list[Work[None]] = []
-        for request_id in step.decode_ids:
-            growth = self.growths.get(request_id)
-            if growth is None:
-                continue
-            squeezed, grown = request_id in squeeze, growth.add_token()
-            if grown or squeezed:
-                works.append(self._compact_again(request_id, growth, report, squeezed))
         for chunk in step.chunks:
             prefill = self.prefills.get(chunk.request_id)
             if prefill is not None and chunk.num_seen == prefill.num_tokens:
                 works.append(self._compress(chunk, prefill, report))
-                ended.append(chunk.num_seen)
-        done(together(*works))
-        alive = [*step.decode_ids, *report.kept]
-        free_pages = self._free_pages(alive, step, ended)
+                ended[chunk.request_id] = chunk.num_seen
+        wait_for(together(*works))
+        alive = [*step.decode_ids, *ended]
+        free_pages = self._free_pages(alive, step, list(ended.values()))
         if self.config.debug:
             self.tables.audit()
             report.owned = {r: list(self.tables.blocks[r]) for r in alive}
         short = free_pages.new_full((1,), -1) if step.short is None else step.short
         return PendingReport(report, alive, torch.cat([free_pages, short]))
+
+    def _compact_grown(
+        self, request_ids: Sequence[str], squeeze: Collection[str], report: StepReport
+    ) -> None:
+        """Those that have grown and those to squeeze, as many together as take little memory."""
+        works: list[Work[None]] = []
+        num_tokens = 0
+        for request_id in request_ids:
+            growth = self.growths.get(request_id)
+            if growth is None:
+                continue
+            squeezed, grown = request_id in squeeze, growth.add_token()
+            if not (grown or squeezed):
+                continue
+            num_tokens += growth.num_tokens
+            if works and num_tokens * self.pool.pages_per_block > MOST_AT_ONCE:
+                wait_for(together(*works))
+                works, num_tokens = [], growth.num_tokens
+            works.append(self._compact_again(request_id, growth, report, squeezed))
+        wait_for(together(*works))
 
     def _free_pages(self, alive: Sequence[str], step: Step, ended: list[int]) -> torch.Tensor:
         """int32, of the requests that decoded and of the prompts that ended, when the report is
@@ -302,13 +338,14 @@ class Runtime:
         if growth is not None and growth.waits:
             choice = choice.whole()
         del self.prefills[request_id]
-        blocks = prefill.blocks[: len(chunk.blocks)]
+        blocks = prefill.blocks
+        assert len(blocks) == len(chunk.blocks), f"{request_id} has other blocks than it was given"
         assert not self.config.debug or blocks == chunk.blocks.tolist(), request_id
-        installed, hybrids, (recovery,) = yield from together(
-            self.install(request_id, blocks, choice, prefill.targets, growth),
-            hybrids_of(choice.rules),
-            figures(choice.recovery.mean()),
-        )
+        works: list[Work[Any]] = [self.install(request_id, blocks, choice, prefill.targets, growth)]
+        if not choice.is_everything:
+            works += [hybrids_of(choice.rules), figures(choice.recovery.mean())]
+        installed, *told = yield from together(*works)
+        hybrids, (recovery,) = told or ([FULL] * choice.rules.local.numel(), [1.0])
         kinds = [hybrid.kind for hybrid in hybrids]
         report.vacated[request_id] = installed.vacated
         given_back = len(blocks) - len(self.tables.blocks[request_id])

@@ -31,29 +31,37 @@ class Line:
 
     Attributes:
         memory: blocks held where the answers end, of the full cache's.
-        kl: nats a token, how much worse than the full cache it foretells the full cache's answer.
+        at_once: requests in the memory of one with the full cache.
+        kl: divergence of the next token's distribution from the full cache's, nats a token along
+            the full cache's own answer.
         agreement: the share of that answer's tokens which are the most likely ones here too.
     """
 
     budget: float
     memory: float
+    at_once: float
     kl: tuple[float, float]
     agreement: tuple[float, float]
-
-    @property
-    def at_once(self) -> float:
-        """Requests in the memory of one with the full cache."""
-        return 1 / self.memory
 
 
 @dataclass(frozen=True)
 class Advice:
-    """``best`` is the lowest budget that, as all above it, agrees as often as was asked for; of
-    those that hold the same memory, as ``min_prompt_tokens`` may have it, the highest."""
+    """What was found.
 
+    Attributes:
+        settings: that all budgets have.
+        asked: the least agreement.
+        num_short: prompts that are kept whole, and were left out.
+        best: the lowest budget that, as all above it, agrees as often as was asked for; of those
+            that hold the same memory, as ``min_prompt_tokens`` may have it, the highest.
+    """
+
+    model: str
     title: str
+    settings: dict[str, Any]
     asked: float
     num_prompts: int
+    num_short: int
     lines: list[Line]
     best: Line | None
 
@@ -72,14 +80,17 @@ def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
             job = json.loads(line)
             if "messages" in job:
                 chat = {"add_generation_prompt": True, "return_dict": False}
+                chat["tools"] = job.get("tools")
                 tokens = tokenizer.apply_chat_template(job["messages"], **chat)
             else:
                 tokens = tokenizer.encode(job["prompt"])
+            if not tokens:
+                raise ValueError("the prompt is empty")
         except Exception as error:  # a chat template raises what it likes
             raise InputError(
                 f"{path}, line {number}: {type(error).__name__}: {error}. Every line is a JSON "
                 'object with a "prompt", or with "messages" such as '
-                '[{"role": "user", "content": "Hello"}].'
+                '[{"role": "user", "content": "Hello"}], and "tools" beside them.'
             ) from None
         prompts.append(tokens)
     return prompts
@@ -98,32 +109,34 @@ def advise(
     Raises:
         InputError: the prompts cannot be read, or are too long or too short.
     """
-    own = {k: v for k, v in settings.items() if k not in ("kv_budget", "recovery")}
-    compared = [Variant("full", FastGenConfig(kv_budget=1.0))]
-    for budget in sorted(set(budgets)):
-        compared.append(Variant(str(budget), FastGenConfig.from_dict({**own, "kv_budget": budget})))
+    if not {"kv_budget", "recovery"}.isdisjoint(settings):
+        raise InputError("--settings names a goal. Name budgets by --budget, and leave it out.")
+    compared = [
+        Variant(str(budget), FastGenConfig.from_dict({**settings, "kv_budget": budget}))
+        for budget in (1.0, *sorted(set(budgets)))
+    ]
     config = compared[1].config
     found = read_prompts(prompts, load_tokenizer(model))
     longest = max(map(len, found)) + max_tokens
     check_context(model, longest, f"The longest of {prompts} with its answer")
-    short = sum(len(prompt) < config.min_prompt_tokens for prompt in found)
-    if short == len(found):
+    compressed = [prompt for prompt in found if len(prompt) >= config.min_prompt_tokens]
+    if not compressed:
         raise InputError(
             f"All prompts of {prompts} have fewer than {config.min_prompt_tokens} tokens, and are "
             "kept whole (min_prompt_tokens). Take longer ones; for short prompts with long "
             "answers see `fastgen eval --task generation`."
         )
-    share = sum(variant.config.kv_budget or 1.0 for variant in compared)
-    # Beside the variants' own: the prompt as encoded, and the copy that is being compacted.
-    slots = int(longest * (share + 2) * 1.1) + config.min_prompt_tokens * len(compared)
-    lab = Lab(model, compared, slots + 512 * len(compared))
-    figures = [_measure(lab, p, max_tokens) for p in track(found, description="prompts")]
+    # Any of them may need everything, and beside theirs there is the prompt as it was encoded.
+    lab = Lab(model, compared, (longest + 512) * (len(compared) + 1))
+    figures = [_measure(lab, p, max_tokens) for p in track(compressed, description="prompts")]
     lines = [_line(variant, i, figures) for i, variant in enumerate(compared) if i]
+    name, lengths, short = Path(model).name, [*map(len, compressed)], len(found) - len(compressed)
     title = (
-        f"{Path(model).name}, {len(found)} prompts of {min(map(len, found))} to "
-        f"{max(map(len, found))} tokens, answers of up to {max_tokens}"
+        f"{name}, {len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens, answers of up "
+        f"to {max_tokens}"
     )
-    return Advice(title, asked, len(found), lines, lowest(lines, asked))
+    best = lowest(lines, asked)
+    return Advice(name, title, settings, asked, len(lengths), short, lines, best)
 
 
 def _measure(lab: Lab, prompt: list[int], max_tokens: int) -> dict[str, torch.Tensor]:
@@ -138,7 +151,8 @@ def _line(variant: Variant, i: int, figures: list[dict[str, torch.Tensor]]) -> L
     kl_and_error = float(kl.mean()), standard_error(kl)
     same_and_error = float(same.mean()), standard_error(same)
     memory = float(held[i] / held[0])
-    return Line(variant.config.kv_budget or 1.0, memory, kl_and_error, same_and_error)
+    budget = variant.config.kv_budget or 1.0
+    return Line(budget, memory, 1 / memory, kl_and_error, same_and_error)
 
 
 def lowest(lines: Sequence[Line], asked: float) -> Line | None:
@@ -173,18 +187,20 @@ def table(advice: Advice) -> Table:
 
 def sentence(advice: Advice) -> str:
     """What to do."""
-    best, count = advice.best, advice.num_prompts
+    best, count, short = advice.best, advice.num_prompts, advice.num_short
+    left_out = f" {short} short prompts are kept whole, and were left out." if short else ""
     if best is None:
         return (
-            f"No budget here gives the full cache's next token {advice.asked:.0%} of the time. Try "
-            'more of --budget, protect what must stay ("protect"), or begin with '
-            '{"compress": "pressure"}, which keeps everything until memory runs short.'
+            "The highest budget here does not give the full cache's next token "
+            f"{100 * advice.asked:g}% of the time. Try more of --budget, protect what must stay "
+            '("protect"), or begin with {"compress": "pressure"}, which keeps everything until '
+            f"memory runs short.{left_out}"
         )
     few = f" These are only {count} prompts: try more." if count < FEW else ""
+    settings = json.dumps({**advice.settings, "kv_budget": best.budget})
     return (
-        f'Take {{"kv_budget": {best.budget:g}}}: {best.agreement[0]:.1%} of next tokens are the '
-        f"full cache's, and {best.at_once:.1f} times as many requests run at once in the same "
-        f"memory.{few}"
+        f"Take {settings}: {best.agreement[0]:.1%} of next tokens are the full cache's, and up to "
+        f"{best.at_once:.1f} times as many requests fit in the same memory.{left_out}{few}"
     )
 
 

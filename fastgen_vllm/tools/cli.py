@@ -177,9 +177,9 @@ def profile(
 
 @app.command()
 def advise(
-    model: options.Model,
+    model: options.AnyModel,
     prompts: options.PromptLines,
-    budget: options.Budgets = None,
+    budget: options.AdviseBudgets = None,
     agreement: options.Agreement = 0.95,
     max_tokens: options.MaxTokens = 64,
     settings: options.Settings = "{}",
@@ -191,13 +191,9 @@ def advise(
     """
     from fastgen_vllm.tools import advise as tool
 
-    extra = json_object("--settings", settings)
-    for value in budget or ():
-        FastGenConfig.from_dict({"kv_budget": value})
-    FastGenConfig.from_dict(extra)
+    extra, budgets = json_object("--settings", settings), budget or tool.BUDGETS
     check_model(model)
     check_output("--json", json_path)
-    budgets = budget or tool.BUDGETS
     advice = tool.advise(str(model), prompts, budgets, agreement, max_tokens, extra)
     _write_json(asdict(advice), json_path)
     tool.picture(advice).savefig(json_path.with_suffix(".png"), dpi=110)

@@ -18,6 +18,12 @@ Model = Annotated[
         "default is the small model that scripts/setup.sh makes."
     ),
 ]
+AnyModel = Annotated[
+    Path,
+    typer.Argument(
+        help="The folder of a Hugging Face model, with its config, weights and tokenizer."
+    ),
+]
 Settings = Annotated[
     str,
     typer.Option(
@@ -171,6 +177,14 @@ PromptLines = Annotated[
         exists=True,
         dir_okay=False,
         help='A JSON Lines file of prompts. Every line has a "prompt", or chat "messages".',
+    ),
+]
+AdviseBudgets = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--budget",
+        help="A share of the KV cache, from 0 to 1, to try. May be given several times. By default "
+        "it is 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5 and 0.7.",
     ),
 ]
 Agreement = Annotated[

@@ -18,7 +18,7 @@ from rich.table import Table
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.policy.choice import Choice
 from fastgen_vllm.policy.hybrids import hybrids_of
-from fastgen_vllm.reads import done
+from fastgen_vllm.reads import wait_for
 from fastgen_vllm.tools.inputs import InputError
 from fastgen_vllm.tools.lab import Lab, Variant
 from fastgen_vllm.tools.models import check_context, load_tokenizer
@@ -87,7 +87,7 @@ def profile(model: str, prompt: str, config: FastGenConfig) -> Profiled:
     lab = Lab(model, [variant], 3 * len(tokens) + 256)
     lab.prefill(tokens)
     choice = lab.choices[variant.name]
-    per_layer, hybrids = lab.runtime.heads.num_kv_heads, done(hybrids_of(choice.rules))
+    per_layer, hybrids = lab.runtime.heads.num_kv_heads, wait_for(hybrids_of(choice.rules))
     heads = [hybrids[i : i + per_layer] for i in range(0, len(hybrids), per_layer)]
     share = choice.kept.float().mean((0, 1)).tolist()
     pieces = list(whole_characters(lab.tokenizer, tokens))

@@ -9,6 +9,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
@@ -68,9 +69,11 @@ class FastGenBackend(AttentionBackend):
 class FastGenMetadataBuilder(AttentionMetadataBuilder[Step]):
     """Plans the step once for all layers. The worker sets the attributes."""
 
+    _cudagraph_support: ClassVar = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     runner: Any
     current_batch: Callable[[], Batch | None]
-    runtime: Runtime
+    runtime: Runtime | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # abstract in the base class
         super().__init__(*args, **kwargs)
@@ -81,20 +84,33 @@ class FastGenMetadataBuilder(AttentionMetadataBuilder[Step]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Step | None:
-        batch, common = self.current_batch(), common_attn_metadata
-        if batch is None or not self.runner.fastgen_plans:
+        common = common_attn_metadata
+        if self.runtime is None or not self.runner.fastgen_plans:
+            return None
+        batch = self.current_batch()
+        if batch is None:
             return None
         request_ids, token_ids = batch
+        n = len(request_ids)  # what is replayed is padded
+        query_start, on_host = common.query_start_loc_cpu[: n + 1], common.seq_lens_cpu_upper_bound
         step = self.runtime.start_step(
-            request_ids[: common.num_reqs],
-            common.query_start_loc_cpu,
-            common.seq_lens,
-            common.block_table_tensor,
-            token_ids[: common.num_actual_tokens],
-            common.seq_lens_cpu_upper_bound,
+            request_ids,
+            query_start,
+            common.seq_lens[:n],
+            common.block_table_tensor[:n],
+            token_ids[: int(query_start[-1])],
+            None if on_host is None else on_host[:n],
         )
         self.runner.fastgen_step = step
         return step
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> Step | None:
+        """None where vLLM captures to measure memory, before there is a cache."""
+        if self.runtime is None:
+            return None
+        return self.runtime.captured_step(common_attn_metadata.num_reqs)
 
 
 class FastGenImpl(AttentionImpl[Step]):

@@ -19,6 +19,23 @@ def current_batch(runner: Any, is_v2: bool) -> Callable[[], Batch | None]:
     return lambda: (runner.input_batch.req_ids, runner.input_ids.gpu)
 
 
+def replay_switch(runner: Any, is_v2: bool) -> Callable[[bool], None]:
+    """A function that says whether the next batch may replay a captured decode step, where the
+    runner would: it takes a prompt's last token for a decode step."""
+    if not is_v2:
+        return lambda may: setattr(runner, "uniform_decode_query_len", int(may))
+    gather, may_replay = runner.gather_batch_req_state, [True]
+
+    def gathered(scheduler_output: Any, dummy_run: bool) -> Any:
+        state, count = gather(scheduler_output, dummy_run)
+        if state is None or may_replay[0]:
+            return state, count
+        return state._replace(decode_graph_eligible=False), None
+
+    runner.gather_batch_req_state = gathered
+    return lambda may: may_replay.__setitem__(0, may)
+
+
 class _V2Batch:
     """The V2 runner shows a batch to those that prepare it only."""
 

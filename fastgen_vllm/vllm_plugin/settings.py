@@ -68,9 +68,7 @@ def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
     device = vllm_config.device_config.device_type
     parallel.worker_cls = WORKERS[device]
     if device == "cuda":
-        # Captured decode steps have not been shown right on a device, so they are not switched on.
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        logger.info("FASTGEN: CUDA graphs off")
+        _set_cuda_graphs(vllm_config, config.cuda_graphs)
     if cache.user_specified_block_size and cache.block_size != config.block_size:
         raise FastGenConfigError(
             f"--block-size {cache.block_size} and fastgen.block_size {config.block_size} differ; "
@@ -168,3 +166,12 @@ def select_backend(
             "choose another --attention-backend for this model"
         )
     return BACKEND_PATH
+
+
+def _set_cuda_graphs(vllm_config: Any, wanted: bool) -> None:
+    """Steps in which all requests decode are captured, where that is asked for: it has not been
+    shown right on a device."""
+    compilation = vllm_config.compilation_config
+    on = wanted and not vllm_config.model_config.enforce_eager
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY if on else CUDAGraphMode.NONE
+    logger.info("FASTGEN: CUDA graphs %s", "of decode steps" if on else "off")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -24,7 +25,7 @@ from fastgen_vllm.runtime.warm_up import warm_up
 from fastgen_vllm.vllm_plugin import flash_attention
 from fastgen_vllm.vllm_plugin.names import LOGGER
 from fastgen_vllm.vllm_plugin.overrides import decodes, override_of
-from fastgen_vllm.vllm_plugin.runners import current_batch
+from fastgen_vllm.vllm_plugin.runners import current_batch, replay_switch
 from fastgen_vllm.vllm_plugin.settings import fastgen_config
 
 logger = init_logger(LOGGER)
@@ -46,6 +47,8 @@ class FastGenWorkerMixin(WorkerBase):
         super().__init__(*args, **kwargs)
         self.sampling_params: dict[str, Any] = {}
         """Of the requests that have begun and not finished."""
+        self.captured_sizes: list[int] = []
+        """Requests of the decode steps that CUDA graphs hold."""
 
     def determine_available_memory(self: Any) -> int:
         """Bytes for the KV cache: what vLLM finds less what FastGen needs beside it.
@@ -127,6 +130,10 @@ class FastGenWorkerMixin(WorkerBase):
             layer.impl.layer_index = layer.kv_cache.storage_offset() // stride
             layer.impl.runtime = self.runtime
         runner.fastgen_plans = False
+        compilation = self.vllm_config.compilation_config
+        if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+            self.captured_sizes = sorted(compilation.cudagraph_capture_sizes)
+            self.may_replay = replay_switch(runner, self.use_v2_model_runner)
         batch = current_batch(runner, self.use_v2_model_runner)
         for attn_group in runner.attn_groups[0]:
             for builder in attn_group.metadata_builders:
@@ -142,6 +149,8 @@ class FastGenWorkerMixin(WorkerBase):
         if not runner.fastgen_plans:
             return super().execute_model(scheduler_output)
         self._follow(scheduler_output)
+        if self.captured_sizes:
+            self.may_replay(self._can_replay(list(scheduler_output.num_scheduled_tokens)))
         output = super().execute_model(scheduler_output)
         step = runner.fastgen_step
         squeeze = scheduler_output.fastgen_squeeze
@@ -150,6 +159,11 @@ class FastGenWorkerMixin(WorkerBase):
         if self.runtime.config.debug:
             self.hashed.check(scheduler_output.fastgen_hashed)
         return output
+
+    def _can_replay(self: Any, request_ids: list[str]) -> bool:
+        sizes = (size for size in self.captured_sizes if size >= len(request_ids))
+        size = next(sizes, None)
+        return size is not None and self.runtime.can_replay(request_ids, size)
 
     def _finish_step(self: Any, step: Step, squeeze: list[str]) -> PendingReport:
         params = self.sampling_params

@@ -13,7 +13,7 @@ from fastgen_vllm.cache import HeadTables, PagePool, compact
 from fastgen_vllm.cache.head_tables import MARGIN, Holding
 from fastgen_vllm.config import FastGenConfig, RequestOverride
 from fastgen_vllm.kernels import UNBOUNDED, HeadRules, reference
-from fastgen_vllm.reads import done
+from fastgen_vllm.reads import wait_for
 from fastgen_vllm.runtime.driver import Driver
 from fastgen_vllm.runtime.runtime import Runtime
 
@@ -98,7 +98,7 @@ class PoolLife(RuleBasedStateMachine):
         kept = torch.rand(positions.shape, generator=generator) < data.draw(st.floats(0, 1))
         kept = (kept | (positions == request.computed - 1)) & (positions >= 0)
         work = compact(tables, name, pages, kept, request.computed, self.runtime.kernels, targets)
-        compacted = done(work)
+        compacted = wait_for(work)
         assert compacted.kept_slots == kept.sum()
         if targets is not None:
             owned = [block for block in targets if block not in compacted.vacated]
@@ -244,7 +244,7 @@ def test_each_head_has_room_of_its_own() -> None:
     kept = torch.zeros(2, 4, n, dtype=torch.bool)
     kept[..., -BLOCK:] = True
     kept[0, 0] = True
-    vacated = done(compact(tables, "long", pages, kept, n, reference)).vacated
+    vacated = wait_for(compact(tables, "long", pages, kept, n, reference)).vacated
     assert len(vacated) == blocks - -(-(blocks + 7) // 8)
     starts = tables.state.table_start[tables.rows["long"]].flatten()
     rooms = starts[1:] - starts[:-1]

@@ -7,9 +7,10 @@ Its name is PyTorch's ``meta``, which needs no driver. Inside ``pretend_device()
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -95,12 +96,40 @@ class OnDevice(torch.Tensor):
         raise AssertionError(f"{func} outside of pretend_device()")
 
 
+class PretendGraph:
+    """Launches that were captured, with the very arguments and results that they had.
+
+    Attributes:
+        replays: of all graphs.
+    """
+
+    replays = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._launches: list[tuple[Callable[[], Any], list[Any]]] = []
+
+    def add(self, launch: Callable[[], Any], result: Any) -> None:
+        self._launches.append((launch, tree_flatten(result)[0]))
+
+    def replay(self) -> None:
+        PretendGraph.replays += 1
+        with _disable_current_modes():
+            for launch, results in self._launches:
+                for old, new in zip(results, tree_flatten(launch())[0], strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+    def __len__(self) -> int:
+        return len(self._launches)
+
+
 class PretendDevice(TorchDispatchMode):
     """Runs every operation on the CPU, and checks where its tensors are said to be.
 
     Attributes:
         waits: operations that would have made the host wait for the device.
         launches: operations that a device runs: all but views and empty tensors.
+        graph: what captures them.
         in_use, peak: bytes of the device's tensors, now and at most.
     """
 
@@ -108,6 +137,7 @@ class PretendDevice(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         self.launches: list[str] = []
+        self.graph: PretendGraph | None = None
         self.in_use = self.peak = 0
         self._tensors_of: Counter[int] = Counter()
 
@@ -120,6 +150,16 @@ class PretendDevice(TorchDispatchMode):
         self._tensors_of[at] += 1
         weakref.finalize(tensor, self._gone, at, size)
         return tensor
+
+    @contextmanager
+    def capture(self, graph: PretendGraph, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """In place of ``torch.cuda.graph``."""
+        waits, self.graph = len(self.waits), graph
+        try:
+            yield
+        finally:
+            self.graph = None
+        assert not self.waits[waits:], f"a captured step waits: {self.waits[waits:]}"
 
     def view_of(self, tensor: torch.Tensor) -> OnDevice:
         """The same memory, as pinned memory is seen from a GPU."""
@@ -143,22 +183,15 @@ class PretendDevice(TorchDispatchMode):
         if wanted is not None:
             on_device = torch.device(wanted) == META
             kwargs["device"] = "cpu"
-        waits = func in WAITING
-        if func is aten._to_copy.default:
-            waits = isinstance(args[0], OnDevice) != on_device
-        if func is aten.copy_.default:
-            waits = isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice)
-        if func in INDEXING:  # a mask is counted, an index of the CPU is copied
-            indices = [x for x in args[1] if x is not None]
-            waits = any(x.dtype == torch.bool or not isinstance(x, OnDevice) for x in indices)
-        if (ours or on_device) and waits and not kwargs.get("non_blocking"):
+        if (ours or on_device) and _waits(func, args, on_device) and not kwargs.get("non_blocking"):
             self.waits.append(str(func))
-        self._count(func, bool(ours) or on_device)
         owners = {id(x.on_cpu): x for x in ours}
-        result = SUBSTITUTES.get(func, func)(
-            *tree_map(_on_cpu, args),
-            **tree_map(_on_cpu, kwargs),
+        call = functools.partial(
+            SUBSTITUTES.get(func, func), *tree_map(_on_cpu, args), **tree_map(_on_cpu, kwargs)
         )
+        result = call()
+        if ours or on_device:
+            self._ran(func, call, result)
 
         def wrap(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
@@ -169,9 +202,11 @@ class PretendDevice(TorchDispatchMode):
 
         return tree_map(wrap, result)
 
-    def _count(self, func: Any, on_device: bool) -> None:
-        if on_device and not _is_view(func) and func not in NOT_RUN:
+    def _ran(self, func: Any, call: Callable[[], Any], result: Any) -> None:
+        if not _is_view(func) and func not in NOT_RUN:
             self.launches.append(str(func))
+            if self.graph is not None:
+                self.graph.add(call, result)
 
     def _check(self, func: Any, args: tuple, tensors: list[torch.Tensor]) -> None:
         if func in INDEXING:
@@ -182,6 +217,18 @@ class PretendDevice(TorchDispatchMode):
         if len(here) > 1:
             shapes = [(type(x).__name__, tuple(x.shape)) for x in tensors]
             raise RuntimeError(f"{func}: tensors of the device and of the CPU: {shapes}")
+
+
+def _waits(func: Any, args: tuple, on_device: bool) -> bool:
+    """Whether the host waits for the device; ``on_device``: what comes of it is there."""
+    if func is aten._to_copy.default:
+        return isinstance(args[0], OnDevice) != on_device
+    if func is aten.copy_.default:
+        return isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice)
+    if func in INDEXING:  # a mask is counted, an index of the CPU is copied
+        indices = [x for x in args[1] if x is not None]
+        return any(x.dtype == torch.bool or not isinstance(x, OnDevice) for x in indices)
+    return func in WAITING
 
 
 def _is_view(func: Any) -> bool:
@@ -226,8 +273,12 @@ def _launch(mode: PretendDevice, self: GridExecutor, *args: Any, **kwargs: Any) 
     mode.launches.append(self.fn.__name__)
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
     assert all(isinstance(x, OnDevice) for x in tensors), "a kernel was given a tensor of the CPU"
+    kwargs = {k: _on_cpu(x) for k, x in kwargs.items()}
+    launch = functools.partial(interpret, self, *map(_on_cpu, args), **kwargs)
     with _disable_current_modes():
-        interpret(self, *map(_on_cpu, args), **{k: _on_cpu(x) for k, x in kwargs.items()})
+        launch()
+    if mode.graph is not None:
+        mode.graph.add(launch, None)
 
 
 interpret = GridExecutor.__call__

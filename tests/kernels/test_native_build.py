@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.paths import ROOT, quick_compiler
+from helpers.build import quick_compiler
+from helpers.paths import ROOT
 
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.kernels import cpu, reference, select

@@ -26,7 +26,7 @@ from fastgen_vllm.policy.hybrids import (
     hybrids_of,
 )
 from fastgen_vllm.policy.methods import LADDER, METHODS
-from fastgen_vllm.reads import done
+from fastgen_vllm.reads import wait_for
 from fastgen_vllm.tensors import ceil_ratio
 
 
@@ -46,7 +46,7 @@ def check_choice(prompt: Prompt, choice: Choice, threshold: float) -> None:
         able = [(pages(k), -r, i) for i, (k, r) in enumerate(found) if r >= threshold]
         able.append((pages(found[-1][0]), -2.0, len(found) - 1))
         _, _, best = min(able)
-        taken = hybrids.index(done(hybrids_of(choice.rules))[head])
+        taken = hybrids.index(wait_for(hybrids_of(choice.rules))[head])
         kept, recovery = found[taken]
         assert abs(float(choice.recovery[0, head]) - recovery) < 1e-4
         assert keys(choice.kept[0, head]) == kept
@@ -106,7 +106,7 @@ def test_budget_is_kept_and_well_spent(least: int, budget: float, ladder: str) -
     profile = prompt.profile
     choice, found = profile.finish(), evaluate(profile.plan.ladder, profile.stats())
     room = int(max(budget, least / 161) * 2 * -(-161 // PAGE))
-    taken = [profile.plan.ladder.hybrids.index(h) for h in done(hybrids_of(choice.rules))]
+    taken = [profile.plan.ladder.hybrids.index(h) for h in wait_for(hybrids_of(choice.rules))]
     assert int(found.pages[taken].sum()) <= room or taken == [0, 0]
     first, second = (found.recovery[:, 0, head].double() for head in range(2))
     fits = found.pages[:, None] + found.pages <= room
@@ -145,7 +145,9 @@ def test_choices_on_a_device(method: str, ladder: str | None) -> None:
         plan = profile.config.plan_for(profile.goal, DEVICE)
         names = [f.name for f in fields(PromptStats)]
         there: dict[str, Any] = {
-            name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+            name: value.to(DEVICE)
+            if isinstance(value, torch.Tensor) and name != "on_host"
+            else value
             for name, value in ((name, getattr(stats, name)) for name in names)
         }
         there["observed"] = observed_on(observed, DEVICE)
@@ -186,7 +188,7 @@ def test_share_of_pages_is_exact(share: float, num_pages: int, expected: int) ->
 
 def test_heads_numbers_say_their_policy() -> None:
     hybrids = (*PAPER_LADDER, *ADAPTIVE_LADDER, Hybrid(local=0.25), Hybrid(frequent=0.0001))
-    assert done(hybrids_of(Ladder.from_hybrids(hybrids, 64).rules)) == list(hybrids)
+    assert wait_for(hybrids_of(Ladder.from_hybrids(hybrids, 64).rules)) == list(hybrids)
 
 
 @pytest.mark.parametrize(("ratio", "n", "expected"), [(3000, 10, 3), (1000, 30, 3), (3000, 11, 4)])

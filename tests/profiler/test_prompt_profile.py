@@ -12,7 +12,7 @@ from fastgen_vllm.kernels import Kernels, cpu, reference, triton
 from fastgen_vllm.policy.choice import Goal
 from fastgen_vllm.policy.hybrids import hybrids_of
 from fastgen_vllm.profiler.queries import THINNED_FROM, query_runs
-from fastgen_vllm.reads import done
+from fastgen_vllm.reads import wait_for
 
 
 @pytest.mark.parametrize("sampling", [1, 3])
@@ -28,7 +28,9 @@ def test_chunking_changes_nothing(sampling: int, weighting: str) -> None:
     for chunk in (1, 7, 32):
         parts = Prompt.random(90, 3, goal, chunk, **how).profile
         torch.testing.assert_close(parts.mass, whole.mass, rtol=1e-4, atol=1e-5)
-        assert done(hybrids_of(parts.finish().rules)) == done(hybrids_of(whole.finish().rules))
+        assert wait_for(hybrids_of(parts.finish().rules)) == wait_for(
+            hybrids_of(whole.finish().rules)
+        )
 
 
 @pytest.mark.parametrize("kernels", [cpu, triton], ids=lambda module: module.__name__)

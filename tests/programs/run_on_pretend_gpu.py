@@ -22,6 +22,7 @@ from helpers import pretend_device
 from fastgen_vllm.kernels import libraries
 
 MEMORY = 1 << 30
+SETTINGS = {"min_prompt_tokens": 32, "block_size": 8, "debug": True}
 DEVICE = torch.device("cuda", 0)
 
 
@@ -36,7 +37,7 @@ def generate(model: str) -> dict[str, Any]:
         max_num_batched_tokens=256,
         max_num_seqs=4,
         compilation_config={"mode": 0, "custom_ops": ["none"]},
-        additional_config={"fastgen": {"min_prompt_tokens": 32, "block_size": 8, "debug": True}},
+        additional_config={"fastgen": {**SETTINGS, "cuda_graphs": "graphs" in sys.argv}},
         **({"kv_cache_memory_bytes": MEMORY // 2} if sys.argv[2] == "cpu" else {}),
     )
     prompts = [{"prompt_token_ids": [i * i % 40_009 for i in range(n)]} for n in (90, 33, 300)]
@@ -66,6 +67,7 @@ def on_pretend_gpu(model: str) -> dict[str, Any]:
             "prefill": library,
             "prefill_differs": differs(attend),
             "memory": mode.peak / MEMORY,
+            "replays": pretend_device.PretendGraph.replays,
             "has_cpu_worker": "vllm.v1.worker.cpu_worker" in sys.modules,
         }
 
@@ -95,6 +97,9 @@ def pretend_driver(mode: pretend_device.PretendDevice) -> None:
     torch.cuda.current_stream = Nothing
     torch.cuda.set_stream = lambda stream: None
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.CUDAGraph = pretend_device.PretendGraph
+    torch.cuda.graph = mode.capture
+    torch.cuda.graph_pool_handle = lambda: None
     torch.cuda.get_device_properties = lambda *args: SimpleNamespace(multi_processor_count=4)
     torch.cuda.memory.get_allocator_backend = lambda: "pretend"
     figures = {
@@ -125,6 +130,7 @@ def pretend_cuda_build(mode: pretend_device.PretendDevice) -> None:
         sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
     torch.ops._vllm_fa3_C = SimpleNamespace(fwd=flash_attention_3)
     torch.ops._C.silu_and_mul = None
+    torch.ops._C.weak_ref_tensor = lambda tensor: tensor
     torch.ops._C.get_cuda_view_from_cpu_tensor = mode.view_of
 
     from vllm import platforms

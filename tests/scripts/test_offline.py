@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers.paths import ROOT, quick_compiler
+from helpers.build import quick_compiler
+from helpers.paths import ROOT
 
 NO_NETWORK = ["unshare", "-rn"]
 

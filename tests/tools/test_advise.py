@@ -16,7 +16,7 @@ from fastgen_vllm.tools.models import load_tokenizer
 
 
 def line(budget: float, memory: float, agreement: float) -> Line:
-    return Line(budget, memory, (0.1, 0.01), (agreement, 0.01))
+    return Line(budget, memory, 1 / memory, (0.1, 0.01), (agreement, 0.01))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,7 @@ def test_the_lowest_budget_that_is_good_enough(agreements: list[float], best: fl
         ("{", "line 2: JSONDecodeError"),
         ('{"text": "Hello"}', "line 2: KeyError: 'prompt'"),
         ('{"messages": "Hello"}', "line 2: "),
+        ('{"prompt": ""}', "line 2: ValueError: the prompt is empty"),
     ],
 )
 def test_lines_that_are_no_prompt(model: str, tmp_path: Path, second: str, message: str) -> None:
@@ -54,7 +55,7 @@ def test_lines_that_are_no_prompt(model: str, tmp_path: Path, second: str, messa
 def test_advice(model: str, tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "advice.json"
     question = {"role": "user", "content": f"{KOREAN} {english(1500)} \u2028What is this about?"}
-    jobs = [{"prompt": english(2000, "types")}, {"messages": [question]}]
+    jobs = [{"prompt": english(2000, "types")}, {"messages": [question]}, {"prompt": "Hello"}]
     prompts.write_text("\n\n".join(json.dumps(job, ensure_ascii=False) for job in jobs))
     arguments = ["advise", model, str(prompts), "--json", str(out), "--agreement", "0.5"]
     arguments += ["--max-tokens", "12", "--budget", "0.5", "--budget", "0.2"]
@@ -64,15 +65,15 @@ def test_advice(model: str, tmp_path: Path) -> None:
         return result.exit_code, result.output
 
     code, said = advised("--settings", '{"min_prompt_tokens": 32}')
-    assert code == 0 and 'Take {"kv_budget": 0.2}' in said and "only 2 prompts" in said
+    assert code == 0 and 'Take {"min_prompt_tokens": 32, "kv_budget": 0.2}' in said
+    assert "1 short prompts are kept whole" in said and "only 2 prompts" in said
     found = json.loads(out.read_text())
     low, high = found["lines"]
     assert (low["budget"], high["budget"]) == (0.2, 0.5)
     assert 0.2 < low["memory"] < 0.3 and 0.5 < high["memory"] < 0.6
+    assert low["at_once"] == pytest.approx(1 / low["memory"])
     assert low["kl"][0] > high["kl"][0] > 0 and 0 < low["agreement"][0] <= 1
     assert out.with_suffix(".png").stat().st_size > 10_000
 
     code, said = advised("--settings", '{"min_prompt_tokens": 2000}')
     assert code == 2 and "have fewer than 2000 tokens" in said
-    code, said = advised("--budget", "1.5")
-    assert code == 2 and "kv_budget: got 1.5" in said

@@ -28,7 +28,7 @@ def test_version() -> None:
 
 def test_every_option_has_its_help() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {"bench", "demo", "eval", "profile"}
+    assert set(commands) == {"advise", "bench", "demo", "eval", "profile"}
     for name, command in commands.items():
         assert command.help.strip().endswith("."), name
         for parameter in command.params:
@@ -38,6 +38,13 @@ def test_every_option_has_its_help() -> None:
 
 IN_A_FILE = "file.txt. Name a file in another folder."
 CASES = [
+    (["advise", "nowhere", "FILE"], "nowhere is not a model folder"),
+    (["advise", "MODEL", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["advise", "MODEL", "FILE"], "line 1: JSONDecodeError"),
+    (["advise", "MODEL", "FILE", "--budget", "1.5"], "kv_budget: got 1.5"),
+    (["advise", "MODEL", "FILE", "--settings", '{"kv_budget": 0.3}'], "Name budgets by --budget"),
+    (["advise", "MODEL", "FILE", "--settings", '{"laddr": 1}'], "unknown key"),
+    (["advise", "MODEL", "FILE", "--json", "FOLDER"], "is a folder. Name a file in it."),
     (["bench", "nowhere"], "nowhere is not a model folder"),
     (["bench", "--recovery", "1.5"], "fastgen.recovery: got 1.5"),
     (["bench", "--settings", '{"laddr": 1}'], "unknown key"),

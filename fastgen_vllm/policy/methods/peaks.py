@@ -10,7 +10,7 @@ from fastgen_vllm.policy.choice import Choice, Goal, Profiling, PromptStats, Slo
 from fastgen_vllm.policy.hybrids import FULL, Hybrid, Ladder
 from fastgen_vllm.policy.methods.method import Method, first_of_each
 from fastgen_vllm.policy.tokens import PROTECTED
-from fastgen_vllm.tensors import RATIO_UNIT, layers_at_once
+from fastgen_vllm.tensors import RATIO_UNIT, layers_at_once, to_device
 
 POOL_WEIGHT, POOL_BEFORE, POOL_AFTER = 0.1, 64, 4
 """What follows an important key is read next: a key ranks higher for the best of the 64 before it
@@ -49,9 +49,10 @@ def choose(ladder: Ladder, stats: PromptStats, goal: Goal) -> Choice:
     heads, pages_each = stats.scores.shape[0] * stats.scores.shape[1], -(-n // page)
     room = pages_within(goal.share_of(n), pages_each * heads)
     always = _always(ladder, stats)
-    if -(-_count_always(ladder, stats) // page) * heads > room:
+    if -(-int(always.sum()) // page) * heads > room:
         stats = stats.with_sinks_alone()
         always = _always(ladder, stats)
+    always = to_device(always, stats.scores.device)
     rank = ranks(stats).masked_fill(always, float("inf"))
     rules, kept = _take(ladder, rank, always, n, n, page, room)
     sticky = _sticky(ladder, stats).expand(kept.shape)
@@ -115,17 +116,11 @@ def _recovery(stats: PromptStats, kept: torch.Tensor) -> torch.Tensor:
 
 
 def _always(ladder: Ladder, stats: PromptStats) -> torch.Tensor:
-    """bool ``[n]``: sticky tokens and the least window."""
-    position = torch.arange(stats.num_tokens, device=stats.scores.device)
-    return _sticky(ladder, stats) | (position >= stats.num_tokens - ladder.least_window)
-
-
-def _count_always(ladder: Ladder, stats: PromptStats) -> int:
-    """Of ``_always``, without a wait for the device."""
-    first_of_window = max(0, stats.num_tokens - ladder.least_window)
+    """bool ``[n]`` on the host: sticky tokens and the least window."""
     kinds = ladder.hybrids[0].sticky_kinds | PROTECTED
-    sticky = int(((stats.classes_on_host[:first_of_window] & kinds) != 0).sum())
-    return sticky + stats.num_tokens - first_of_window
+    always = (stats.classes_on_host & kinds) != 0
+    always[max(0, stats.num_tokens - ladder.least_window) :] = True
+    return always
 
 
 def _sticky(ladder: Ladder, stats: PromptStats) -> torch.Tensor:
