@@ -79,8 +79,7 @@ class PromptProfile:
         self.num_protected = prompt.num_protected
         device = plan.ladder.rules.sticky_kinds.device
         profiling = self.profiling = plan.profiling
-        self._on_host = with_sinks(prompt.classes, profiling.num_sinks)
-        self.token_classes = to_device(self._on_host, device)
+        self.token_classes = with_sinks(prompt.classes, profiling.num_sinks)
         self.bounds = to_device(torch.tensor(plan.ladder.windows(self.num_tokens)), device)
         groups = heads.group_size if config.group_reduction == "min" else 1
         shape = (heads.num_layers, heads.num_kv_heads)
@@ -209,9 +208,9 @@ class PromptProfile:
             self.value_norms,
             scores,
             scores * seen_by if averages else scores,
-            self.token_classes,
+            to_device(self.token_classes, scores.device),
             self.page_size,
             self.profiling,
             self.observed,
-            self._on_host,
+            self.token_classes,
         )

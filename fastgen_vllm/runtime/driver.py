@@ -67,6 +67,7 @@ class Driver:
     def end(self, name: str) -> None:
         """A request finishes, is aborted or is preempted."""
         self.runtime.release(name)
+        self._granted.pop(name, None)
         self.free += [block for block in self.requests.pop(name).table if block]
 
     def take(self, count: int) -> list[int]:
@@ -90,7 +91,7 @@ class Driver:
             return
         blocks = self.take(missing)
         request.table += blocks
-        self._granted[name] = blocks
+        self._granted.setdefault(name, []).extend(blocks)
         if request.free_pages is not None:
             request.free_pages += pool.pages_per_block * len(blocks)
 

@@ -91,7 +91,9 @@ def for_prompts(config: FastGenConfig, load: Load) -> int:
     together = min(max(MOST_AT_ONCE, one_layer), one_layer * load.num_layers)
     scratch = together * (mass + groups * SCRATCH_BYTES)
     grows = any(plan.method.choose_again is not None for plan in plans)
-    again = AGAIN_BYTES * max(MOST_AT_ONCE, load.keys * load.longest) if grows else 0
+    of_one = load.keys * load.longest
+    looked_at = max(of_one, min(MOST_AT_ONCE, of_one * load.max_requests))
+    again = AGAIN_BYTES * looked_at if grows else 0
     return load.keys * tokens * (mass + KEY_BYTES) + again + scratch
 
 
