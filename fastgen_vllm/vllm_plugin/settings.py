@@ -69,6 +69,10 @@ def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
     parallel.worker_cls = WORKERS[device]
     if device == "cuda":
         _set_cuda_graphs(vllm_config, config.cuda_graphs)
+    elif config.cuda_graphs:
+        raise FastGenConfigError(
+            f"fastgen.cuda_graphs: got true, and device {device} has none; leave the setting out"
+        )
     if cache.user_specified_block_size and cache.block_size != config.block_size:
         raise FastGenConfigError(
             f"--block-size {cache.block_size} and fastgen.block_size {config.block_size} differ; "

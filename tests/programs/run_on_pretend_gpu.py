@@ -1,6 +1,6 @@
 """A program: a small engine with FastGen on vLLM's CUDA platform and worker, with the pretend
-device for a GPU, and the model runner that is named, ``v1`` or ``v2``; or, given ``cpu``, on vLLM's
-CPU worker. Prints a line of JSON.
+device for a GPU, and the model runner that is named, ``v1`` or ``v2``, with captured decode steps
+where ``graphs`` follows; or, given ``cpu``, on vLLM's CPU worker. Prints a line of JSON.
 
 What is vLLM's runs as on a GPU but for three things: the model's own operations are PyTorch's, its
 weights are loaded on the CPU and then moved, and streams and events do nothing.

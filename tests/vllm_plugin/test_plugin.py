@@ -120,6 +120,7 @@ def test_config_unpickles_before_plugins_load() -> None:
         ),
         ({"additional_config": {"fastgen": {"recovry": 1}}}, r"fastgen\.recovry: unknown key"),
         ({"additional_config": {"fastgen": {"recovery": 2.0}}}, r"fastgen\.recovery: got 2\.0"),
+        ({"additional_config": {"fastgen": {"cuda_graphs": True}}}, r"cuda_graphs: .* leave the"),
         (
             {"additional_config": {"fastgen": {"method": "defensivekv", "kv_budget": 0.3}}},
             r"fastgen\.method: 'defensivekv' .* `fastgen eval` only. Leave",

@@ -34,10 +34,15 @@ def cpu(shallow_model: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("runner", "module"), [("v1", "gpu_model_runner"), ("v2", "gpu.model_runner")]
+    ("arguments", "module", "replays"),
+    [(["v1"], "gpu_model_runner", 0), (["v2", "graphs"], "gpu.model_runner", 17)],
 )
-def test_as_on_the_cpu(shallow_model: str, cpu: dict[str, Any], runner: str, module: str) -> None:
-    gpu = run("run_on_pretend_gpu.py", shallow_model, runner)
+def test_as_on_the_cpu(
+    shallow_model: str, cpu: dict[str, Any], arguments: list[str], module: str, replays: int
+) -> None:
+    """Step by step, and with decode steps that are captured once and replayed."""
+    gpu = run("run_on_pretend_gpu.py", shallow_model, *arguments)
+    assert gpu["replays"] == replays
     assert gpu["runner"] == f"vllm.v1.worker.{module}"
     assert (gpu["worker"], cpu["worker"]) == ("FastGenGPUWorker", "FastGenCPUWorker")
     assert gpu["tokens"] == cpu["tokens"] and len({*gpu["tokens"][2]}) > 3
