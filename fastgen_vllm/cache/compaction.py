@@ -129,7 +129,9 @@ def _measure(
     block_ids = to_device(torch.tensor(blocks, dtype=torch.int64), pages.device)
     unused = growing.sum() if spare is None else torch.maximum(growing.sum(), spare)
     sums = torch.stack([used.sum() + unused, lengths.max(), lengths.sum()])
-    asked = yield from figures(torch.cat([sums, counts[block_ids]]))
+    sums = torch.cat([sums, counts[block_ids]])
+    del counts  # of the whole pool
+    asked = yield from figures(sums)
     needed, longest, kept_slots, *in_blocks = map(int, asked)
     return _Packed(pages, is_used, in_blocks, needed, longest, kept_slots)
 

@@ -150,6 +150,7 @@ class DecodeBatch:
         slots: int64 ``[N, L, H]``, the newest token's ``page * block_size + offset``, written by
             ``plan_decode``.
         max_pages: no head of the batch has more pages.
+        split_slots: of a head, what one program of a GPU attends to; 0: as the lengths suggest.
     """
 
     rows: torch.Tensor
@@ -157,6 +158,7 @@ class DecodeBatch:
     token_classes: torch.Tensor
     slots: torch.Tensor
     max_pages: int
+    split_slots: int = 0
 
 
 class Kernels(Protocol):

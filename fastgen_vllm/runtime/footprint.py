@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastgen_vllm.cache.head_tables import row_bytes, table_entries
 from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.runtime.runtime import CAPTURED_SPLIT
 from fastgen_vllm.tensors import LOGITS_BYTES, MOST_AT_ONCE
 
 SLOT_BYTES = 8
@@ -97,9 +98,11 @@ def for_prompts(config: FastGenConfig, load: Load) -> int:
     return load.keys * tokens * (mass + KEY_BYTES) + again + scratch
 
 
-def for_attention(load: Load) -> int:
-    """Bytes of one layer's attention: a prompt's K and V in order, logits of decoding requests."""
+def for_attention(load: Load, captured: bool = False) -> int:
+    """Bytes of one layer's attention: a prompt's K and V in order, logits of decoding requests; and
+    those again of captured steps, with what their splits leave."""
     heads = load.num_kv_heads * load.group_size
     of_one = 4 * heads * load.longest
     logits = max(of_one, min(LOGITS_BYTES, of_one * load.max_requests))
-    return load.num_kv_heads * load.longest * load.slot_bytes + logits
+    graphs = logits + logits * load.slot_bytes // CAPTURED_SPLIT if captured else 0
+    return load.num_kv_heads * load.longest * load.slot_bytes + logits + graphs

@@ -23,6 +23,8 @@ from fastgen_vllm.runtime.step import Prefill, PrefillChunk, Step
 from fastgen_vllm.tensors import LOGITS_BYTES, MOST_AT_ONCE, to_device
 
 NO_SYSTEM_PROMPTS = SystemPrompts()
+CAPTURED_SPLIT = 256
+"""Slots of a head that one program attends to in a captured step, whose grid is for the longest."""
 
 
 class Runtime:
@@ -36,6 +38,7 @@ class Runtime:
         report_lag: steps that are under way when the scheduler reads a report: 0 where it waits
             for each, 1 with asynchronous scheduling.
         system_prompts: how the model's chats begin.
+        longest: tokens of a request, at most; None where the pool alone says.
 
     Attributes:
         kernels: what runs; ``why_not_faster`` says why it is not the fastest, or is empty.
@@ -55,9 +58,10 @@ class Runtime:
         max_requests: int = 8,
         report_lag: int = 0,
         system_prompts: SystemPrompts = NO_SYSTEM_PROMPTS,
+        longest: int | None = None,
     ) -> None:
         self.config, self.token_classes, self.report_lag = config, token_classes, report_lag
-        self._classes_on_host = token_classes.cpu()
+        self._classes_on_host, self.longest = token_classes.cpu(), longest
         self.pool = PagePool.over(kv)
         self.heads = ModelHeads(self.pool.num_layers, self.pool.num_kv_heads, group_size)
         self.tables = HeadTables(self.pool, max_requests)
@@ -187,7 +191,7 @@ class Runtime:
         """
         most = self._captured_slots(num_requests) // self.pool.block_size
         batch = self.tables.first_of_batch(num_requests, most)
-        return Step(num_requests, [], [], None, batch, None)
+        return Step(num_requests, [], [], None, replace(batch, split_slots=CAPTURED_SPLIT), None)
 
     def can_replay(self, request_ids: Sequence[str], num_requests: int) -> bool:
         """Whether a graph of ``num_requests`` serves these in the step to come: all decode, and no
@@ -197,10 +201,15 @@ class Runtime:
         return self.tables.longest_of(request_ids) < self._captured_slots(num_requests)
 
     def _captured_slots(self, num_requests: int) -> int:
-        """Of a head, at most: a captured step attends to all requests at once."""
+        """Of a head, at most, in whole pages: a captured step attends to all requests at once."""
         of_one = 4 * self.heads.num_kv_heads * self.heads.group_size
-        there_are = self.pool.num_blocks * self.pool.block_size
-        return min(LOGITS_BYTES // (of_one * num_requests), there_are)
+        pages = LOGITS_BYTES // (of_one * num_requests) // self.pool.block_size
+        longest = (
+            self.pool.num_blocks
+            if self.longest is None
+            else -(-self.longest // self.pool.block_size)
+        )
+        return min(pages, longest) * self.pool.block_size
 
     def _chunk(
         self,
@@ -338,8 +347,7 @@ class Runtime:
         if growth is not None and growth.waits:
             choice = choice.whole()
         del self.prefills[request_id]
-        blocks = prefill.blocks
-        assert len(blocks) == len(chunk.blocks), f"{request_id} has other blocks than it was given"
+        blocks = prefill.blocks[: len(chunk.blocks)]
         assert not self.config.debug or blocks == chunk.blocks.tolist(), request_id
         works: list[Work[Any]] = [self.install(request_id, blocks, choice, prefill.targets, growth)]
         if not choice.is_everything:

@@ -23,6 +23,16 @@ def warm_up(runtime: Runtime) -> None:
             _run(runtime, replace(goal, least_tokens=1))
 
 
+def warm_up_captured(runtime: Runtime, num_requests: int, dtype: torch.dtype) -> None:
+    """Launch what a captured step of so many requests launches, for nobody, with a model's dtype:
+    nothing may be compiled while a graph is captured."""
+    pool, step = runtime.pool, runtime.captured_step(num_requests)
+    shape = (num_requests, pool.num_kv_heads, pool.kv.shape[-1] // 2)
+    key = torch.zeros(shape, dtype=dtype, device=pool.kv.device)
+    query = key.repeat_interleave(runtime.heads.group_size, dim=1)
+    runtime.forward(step, 0, query, key, key, torch.empty_like(query), shape[-1] ** -0.5)
+
+
 def _run(runtime: Runtime, goal: Goal) -> None:
     pool, name = runtime.pool, "warm-up"
     tokens = [0] * (8 * pool.block_size)

@@ -112,8 +112,8 @@ def advise(
     if not {"kv_budget", "recovery"}.isdisjoint(settings):
         raise InputError("--settings names a goal. Name budgets by --budget, and leave it out.")
     compared = [
-        Variant(str(budget), FastGenConfig.from_dict({**settings, "kv_budget": budget}))
-        for budget in (1.0, *sorted(set(budgets)))
+        Variant(name, FastGenConfig.from_dict({**settings, "kv_budget": budget}))
+        for name, budget in (("full", 1.0), *((f"{b:g}", b) for b in sorted(set(budgets))))
     ]
     config = compared[1].config
     found = read_prompts(prompts, load_tokenizer(model))

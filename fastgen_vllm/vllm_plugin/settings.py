@@ -68,7 +68,7 @@ def check_and_update(original: Callable[..., None], vllm_config: Any) -> None:
     device = vllm_config.device_config.device_type
     parallel.worker_cls = WORKERS[device]
     if device == "cuda":
-        _set_cuda_graphs(vllm_config, config.cuda_graphs)
+        _set_cuda_graphs(vllm_config, config)
     elif config.cuda_graphs:
         raise FastGenConfigError(
             f"fastgen.cuda_graphs: got true, and device {device} has none; leave the setting out"
@@ -172,10 +172,25 @@ def select_backend(
     return BACKEND_PATH
 
 
-def _set_cuda_graphs(vllm_config: Any, wanted: bool) -> None:
+def _set_cuda_graphs(vllm_config: Any, config: FastGenConfig) -> None:
     """Steps in which all requests decode are captured, where that is asked for: it has not been
-    shown right on a device."""
-    compilation = vllm_config.compilation_config
-    on = wanted and not vllm_config.model_config.enforce_eager
+    shown right on a device.
+
+    Raises:
+        FastGenConfigError: it is asked for beside what it does not go with.
+    """
+    compilation, wanted = vllm_config.compilation_config, config.cuda_graphs
+    if wanted and vllm_config.parallel_config.data_parallel_size > 1:
+        raise FastGenConfigError(
+            "fastgen.cuda_graphs: got true, which does not go with --data-parallel-size above 1; "
+            "leave the setting out"
+        )
+    if wanted and config.kernels == "reference":
+        raise FastGenConfigError(
+            "fastgen.cuda_graphs: got true, which does not go with fastgen.kernels 'reference'; "
+            "leave one of them out"
+        )
+    on = wanted and compilation.cudagraph_mode != CUDAGraphMode.NONE
     compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY if on else CUDAGraphMode.NONE
-    logger.info("FASTGEN: CUDA graphs %s", "of decode steps" if on else "off")
+    why = ", as vLLM's own settings have none" if wanted and not on else ""
+    logger.info("FASTGEN: CUDA graphs %s%s", "of decode steps" if on else "off", why)

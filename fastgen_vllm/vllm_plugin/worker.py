@@ -14,14 +14,14 @@ from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from fastgen_vllm.cache.hashed import HashedBlocks
 from fastgen_vllm.errors import FastGenConfigError
-from fastgen_vllm.kernels import libraries
+from fastgen_vllm.kernels import libraries, reference
 from fastgen_vllm.policy.protect import SystemPrompts
 from fastgen_vllm.policy.tokens import token_classes
 from fastgen_vllm.runtime import footprint
 from fastgen_vllm.runtime.report import PendingReport
 from fastgen_vllm.runtime.runtime import Runtime
 from fastgen_vllm.runtime.step import Step
-from fastgen_vllm.runtime.warm_up import warm_up
+from fastgen_vllm.runtime.warm_up import warm_up, warm_up_captured
 from fastgen_vllm.vllm_plugin import flash_attention
 from fastgen_vllm.vllm_plugin.names import LOGGER
 from fastgen_vllm.vllm_plugin.overrides import decodes, override_of
@@ -58,7 +58,8 @@ class FastGenWorkerMixin(WorkerBase):
         """
         available = super().determine_available_memory()
         config, load = fastgen_config(self.vllm_config), self._load()
-        fixed = footprint.for_prompts(config, load) + footprint.for_attention(load)
+        captured = config.cuda_graphs
+        fixed = footprint.for_prompts(config, load) + footprint.for_attention(load, captured)
         fixed += footprint.for_requests(load)
         share = footprint.for_each_kv_byte(config, load)
         kv = self.cache_config.kv_cache_memory_bytes or int((available - fixed) / (1 + share))
@@ -117,6 +118,7 @@ class FastGenWorkerMixin(WorkerBase):
             scheduler.max_num_seqs,
             report_lag=int(bool(scheduler.async_scheduling)),
             system_prompts=system_prompts,
+            longest=model_config.max_model_len,
         )
         self.hashed = HashedBlocks(self.runtime.pool)
         logger.info("FASTGEN: %s kernels on %s", self.runtime.kernels.NAME, kv.device.type)
@@ -132,6 +134,11 @@ class FastGenWorkerMixin(WorkerBase):
         runner.fastgen_plans = False
         compilation = self.vllm_config.compilation_config
         if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+            if self.runtime.kernels is reference:
+                raise FastGenConfigError(
+                    "fastgen.cuda_graphs: got true, and this model has no kernels to capture: "
+                    f"{self.runtime.why_not_faster}; leave the setting out"
+                )
             self.captured_sizes = sorted(compilation.cudagraph_capture_sizes)
             self.may_replay = replay_switch(runner, self.use_v2_model_runner)
         batch = current_batch(runner, self.use_v2_model_runner)
@@ -233,6 +240,8 @@ class FastGenGPUWorker(FastGenWorkerMixin, GPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         warm_up(self.runtime)
+        if self.captured_sizes:
+            warm_up_captured(self.runtime, self.captured_sizes[-1], self.model_config.dtype)
         return super().compile_or_warm_up_model()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import pytest
 import torch
 from helpers.fake_model import FakeModel, kept_positions, run_step
 from helpers.pretend_device import DEVICE, PretendDevice, PretendGraph, pretend_device
@@ -107,7 +108,7 @@ def test_replayed_steps_are_the_steps() -> None:
         assert (nobody.cpu() == -1).all(), "page 0 stays empty"
 
 
-def test_what_is_too_long_is_not_replayed() -> None:
+def test_what_is_too_long_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pretend_device():
         driver = make_driver()
         driver.begin("a", [9] * 30, RequestOverride())
@@ -115,5 +116,12 @@ def test_what_is_too_long_is_not_replayed() -> None:
         driver.requests["a"].tokens += [9] * 4
         run_step(driver, MODEL, SEEDS, {"a": 30})
         assert driver.runtime.can_replay(["a"], PLACES)
-        driver.runtime.tables._bounds["a"] = 80 * BLOCK
-        assert not driver.runtime.can_replay(["a"], PLACES)
+        # A graph of three has room for 37 whole pages of 8 slots, and a little more.
+        monkeypatch.setattr(
+            "fastgen_vllm.runtime.runtime.LOGITS_BYTES", 3 * 4 * HEADS * GROUP * 300
+        )
+        step = driver.runtime.captured_step(3)
+        assert step.decode is not None and step.decode.max_pages == 37
+        for bound, fits in ((37 * BLOCK - 1, True), (37 * BLOCK, False)):
+            driver.runtime.tables._bounds["a"] = bound  # one slot more is to come
+            assert driver.runtime.can_replay(["a"], 3) == fits

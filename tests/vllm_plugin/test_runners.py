@@ -35,7 +35,11 @@ def cpu(shallow_model: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("arguments", "module", "replays"),
-    [(["v1"], "gpu_model_runner", 0), (["v2", "graphs"], "gpu.model_runner", 17)],
+    [
+        (["v1", "graphs"], "gpu_model_runner", 17),
+        (["v2"], "gpu.model_runner", 0),
+        (["v2", "graphs"], "gpu.model_runner", 17),
+    ],
 )
 def test_as_on_the_cpu(
     shallow_model: str, cpu: dict[str, Any], arguments: list[str], module: str, replays: int

@@ -346,7 +346,9 @@ def decode_in_parts(
     for start in range(0, n, at_once):
         part = slice(start, min(start + at_once, n))
         count = part.stop - part.start
-        size = split_size(count * num_heads, max_slots, _tile(head_size), query.device)
+        size = batch.split_slots
+        if not size:
+            size = split_size(count * num_heads, max_slots, _tile(head_size), query.device)
         splits = triton.cdiv(max_slots, size)
 
         def scratch(*shape: int) -> torch.Tensor:
