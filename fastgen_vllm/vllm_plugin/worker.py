@@ -139,7 +139,8 @@ class FastGenWorkerMixin(WorkerBase):
                     "fastgen.cuda_graphs: got true, and this model has no kernels to capture: "
                     f"{self.runtime.why_not_faster}; leave the setting out"
                 )
-            self.captured_sizes = sorted(compilation.cudagraph_capture_sizes)
+            most, sizes = scheduler.max_num_seqs, sorted(compilation.cudagraph_capture_sizes)
+            self.captured_sizes = [size for size in sizes if size <= most]
             self.may_replay = replay_switch(runner, self.use_v2_model_runner)
         batch = current_batch(runner, self.use_v2_model_runner)
         for attn_group in runner.attn_groups[0]:
