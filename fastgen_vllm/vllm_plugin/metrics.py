@@ -31,7 +31,7 @@ HISTOGRAMS = {
     ),
 }
 COUNTERS = {
-    "vacated_blocks": "KV blocks that prompts and compactions gave back.",
+    "vacated_blocks": "KV blocks that prompts and compactions gave back, net of those taken.",
     "evicted_slots": "KV slots of single heads that prompts and compactions left out.",
     "compactions": "Compactions of requests that decode.",
     "squeezes": "Compactions for lack of memory, before a request would be preempted.",

@@ -228,7 +228,9 @@ class FastGenSchedulerMixin(SchedulerBase):
         for request_id in alive:
             vacated = report.vacated.get(request_id, ())
             manager.vacate(request_id, vacated)
-            traffic.vacated_blocks += len(vacated)
+            # A prompt may give back its blocks and keep others, which it was compacted into.
+            ended = report.kept.get(request_id)
+            traffic.vacated_blocks += len(vacated) if ended is None else ended.vacated_blocks
             since = len(given.get(request_id, ())) * manager.pages_per_block
             manager.free_pages[request_id] = report.free_pages[request_id] + since
             if request_id in report.kept:

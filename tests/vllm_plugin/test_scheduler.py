@@ -1,6 +1,7 @@
 """The scheduler and its block manager, for real, with reports made up: no worker runs."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from fastgen_vllm.runtime.report import Kept, StepReport
+from fastgen_vllm.runtime.report import Kept, KeptAgain, StepReport
 from fastgen_vllm.vllm_plugin.block_manager import FastGenSpec
 from fastgen_vllm.vllm_plugin.scheduler import FastGenAsyncScheduler, FastGenScheduler
 
@@ -158,3 +159,23 @@ def test_output_that_a_stop_string_may_end_tells_what_was_kept(
         **{"compactions": 0, "kv_kept_last": None, "compacted_at": None},
     }
     assert output.kv_transfer_params == ({"fastgen": summary} if told else None)
+
+
+def test_what_is_given_back_is_counted_as_requests_tell_it(scheduler: Scheduler) -> None:
+    """The net of it: with prefix caching a prompt leaves all its blocks for a few others."""
+    add(scheduler, "a")
+    finish(scheduler, scheduler.schedule(), StepReport())
+    plan = scheduler.schedule()
+    owned = scheduler.block_manager.owned_blocks("a")
+    net = replace(KEPT, vacated_blocks=1)
+    finish(scheduler, plan, StepReport({"a": owned[:3]}, {"a": 3}, {"a": net}, {"a": owned[3:]}))
+    traffic = scheduler.accounts.traffic
+    assert traffic.vacated_blocks == 1
+    before = traffic.evicted_slots
+    plan = scheduler.schedule()
+    again = KeptAgain(0.2, 40, 25)
+    left = scheduler.block_manager.owned_blocks("a")
+    report = StepReport({"a": left[:1]}, {"a": 3}, {}, {"a": left[1:]}, {"a": again})
+    finish(scheduler, plan, report)
+    assert traffic.vacated_blocks == 2 and traffic.compactions == 1
+    assert traffic.evicted_slots == before + 25
