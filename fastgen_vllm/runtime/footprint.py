@@ -104,5 +104,6 @@ def for_attention(load: Load, captured: bool = False) -> int:
     heads = load.num_kv_heads * load.group_size
     of_one = 4 * heads * load.longest
     logits = max(of_one, min(LOGITS_BYTES, of_one * load.max_requests))
-    graphs = logits + logits * load.slot_bytes // CAPTURED_SPLIT if captured else 0
+    # A split leaves 4 bytes for an element of V, of which a slot has as many as of K, in 16 bits.
+    graphs = logits + logits * load.slot_bytes // (4 * CAPTURED_SPLIT) if captured else 0
     return load.num_kv_heads * load.longest * load.slot_bytes + logits + graphs

@@ -61,8 +61,10 @@ class Runtime:
         longest: int | None = None,
     ) -> None:
         self.config, self.token_classes, self.report_lag = config, token_classes, report_lag
-        self._classes_on_host, self.longest = token_classes.cpu(), longest
+        self._classes_on_host = token_classes.cpu()
         self.pool = PagePool.over(kv)
+        block_size, num_blocks = self.pool.block_size, self.pool.num_blocks
+        self._most_pages = num_blocks if longest is None else -(-longest // block_size)
         self.heads = ModelHeads(self.pool.num_layers, self.pool.num_kv_heads, group_size)
         self.tables = HeadTables(self.pool, max_requests)
         self._plans: dict[bool, Plan] = {}
@@ -204,12 +206,7 @@ class Runtime:
         """Of a head, at most, in whole pages: a captured step attends to all requests at once."""
         of_one = 4 * self.heads.num_kv_heads * self.heads.group_size
         pages = LOGITS_BYTES // (of_one * num_requests) // self.pool.block_size
-        longest = (
-            self.pool.num_blocks
-            if self.longest is None
-            else -(-self.longest // self.pool.block_size)
-        )
-        return min(pages, longest) * self.pool.block_size
+        return min(pages, self._most_pages) * self.pool.block_size
 
     def _chunk(
         self,

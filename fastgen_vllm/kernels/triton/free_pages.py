@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastgen_vllm.kernels.contract import HeadState
-from fastgen_vllm.kernels.triton.plan_decode import ceil_ratio
+from fastgen_vllm.kernels.triton.plan_decode import budgets
 from fastgen_vllm.tensors import RATIO_UNIT
 
 
@@ -37,12 +37,7 @@ def free_pages_kernel(
     length = tl.load(lengths + at, mask=is_head, other=0)
     has_sticky = tl.load(sticky_kinds + at, mask=is_head, other=0) != 0
     sticky = tl.load(num_sticky + at, mask=is_head, other=0) + has_sticky.to(tl.int32) * steps
-    window = tl.maximum(
-        ceil_ratio(tl.load(local + at, mask=is_head, other=0), t, UNIT),
-        tl.load(least_window + at, mask=is_head, other=0),
-    )
-    share = ceil_ratio(tl.load(frequent + at, mask=is_head, other=0), t, UNIT)
-    grows = length < sticky + share + window
+    grows = length < budgets(sticky, frequent, local, least_window, at, is_head, t, UNIT)
     left = (BLOCK_SIZE - length % BLOCK_SIZE) % BLOCK_SIZE
     takes = (is_head & grows & (left < steps)).to(tl.int32)
     tl.store(found + n, tl.load(num_free + row) - tl.sum(takes, 0))

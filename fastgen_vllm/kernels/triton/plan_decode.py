@@ -18,6 +18,17 @@ def ceil_ratio(ratio, num_tokens, UNIT: tl.constexpr):
 
 
 @triton.jit
+def budgets(num_sticky, frequent, local, least_window, at, is_head, t, UNIT: tl.constexpr):
+    """Slots that heads may have when there are ``t`` tokens."""
+    window = tl.maximum(
+        ceil_ratio(tl.load(local + at, mask=is_head, other=0), t, UNIT),
+        tl.load(least_window + at, mask=is_head, other=0),
+    )
+    share = ceil_ratio(tl.load(frequent + at, mask=is_head, other=0), t, UNIT)
+    return num_sticky + share + window
+
+
+@triton.jit
 def grow_kernel(
     rows,
     num_tokens,
@@ -49,12 +60,7 @@ def grow_kernel(
     length = tl.load(lengths + at, mask=is_head, other=0)
     sticky = (tl.load(sticky_kinds + at, mask=is_head, other=0) & tl.load(token_classes + n)) != 0
     total_sticky = tl.load(num_sticky + at, mask=is_head, other=0) + sticky.to(tl.int32)
-    window = tl.maximum(
-        ceil_ratio(tl.load(local + at, mask=is_head, other=0), t, UNIT),
-        tl.load(least_window + at, mask=is_head, other=0),
-    )
-    share = ceil_ratio(tl.load(frequent + at, mask=is_head, other=0), t, UNIT)
-    evicts = length >= total_sticky + share + window
+    evicts = length >= budgets(total_sticky, frequent, local, least_window, at, is_head, t, UNIT)
     offset = length % BLOCK_SIZE
     takes_page = (is_head & (offset == 0) & (evicts == 0)).to(tl.int32)
     height = tl.load(num_free + row)
