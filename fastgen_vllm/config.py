@@ -27,6 +27,8 @@ from fastgen_vllm.profiler.queries import queries_looked_at
 
 KernelChoice = Literal["auto", "native", "cuda", "reference"]
 MOST_TOKENS = 1 << 24
+MOST_SHOWN = 300
+"""Characters of a wrong value that a message repeats."""
 """More than any prompt has."""
 
 BUDGET, LADDER_BUDGET = 0.25, 0.4
@@ -110,7 +112,7 @@ class FastGenConfig(BaseModel):
     value_weighting: bool | None = None
     query_sampling: int = Field(default=1, ge=1, le=1024)
     block_size: Literal[8, 16, 32, 64, 128] = 16
-    min_prompt_tokens: int = Field(default=256, ge=1)
+    min_prompt_tokens: int = Field(default=256, ge=1, le=MOST_TOKENS)
     compress: Literal["always", "pressure"] = "always"
     compact_every: int = Field(default=256, ge=0, le=MOST_TOKENS)
     kernels: KernelChoice = "auto"
@@ -440,8 +442,9 @@ class RequestOverride(BaseModel):
         if value is None or value == "system":
             return value
         spans = tuple(value) if isinstance(value, list | tuple) else ()
-        rising = all(first < end for first, end in zip(spans[::2], spans[1::2], strict=False))
         whole = all(type(index) is int and index >= 0 for index in spans)
+        pairs = zip(spans[::2], spans[1::2], strict=False) if whole else ()
+        rising = all(first < end for first, end in pairs)
         if not spans or len(spans) % 2 or not (whole and rising):
             raise ValueError(
                 "give 'system', or a list of ranges of prompt tokens, each a first index and the "
@@ -502,5 +505,7 @@ def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> str
             lines.append(f"{where}: unknown key; known keys: {known}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: got {problem['input']!r}. {message}")
+            given = repr(problem["input"])
+            shown = given if len(given) <= MOST_SHOWN else f"{given[:MOST_SHOWN]}..."
+            lines.append(f"{where}: got {shown}. {message}")
     return "invalid FastGen setting: " + "; ".join(lines)

@@ -7,10 +7,15 @@ does; every other implementation gives the same. Kernels know numbers of heads, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from fastgen_vllm.tensors import to_device
 
 PEAK_DISTANCE = 32
 """Scores that are peaks count queries from so many tokens after the key on: what is nearer moves
@@ -56,6 +61,141 @@ class PromptKeys:
     kv: torch.Tensor
     page_table: torch.Tensor
     num_keys: int
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Chunks of ``N`` prompts that one step encodes, with ``T`` tokens together, in order.
+
+    Attributes:
+        lengths: of the chunks; this and the next three on the host.
+        num_keys: tokens of each prompt so far, of which the chunk's are the last.
+        num_blocks: in which those lie.
+        first_lse: of each chunk, the first query whose log-sum-exp is wanted; its length where
+            none is.
+        starts: int32 ``[N + 1]``, where the chunks begin, and ``T``.
+        seen: int32 ``[N]``, as ``num_keys``.
+        block_table: int32 ``[N, B]``, the prompts' blocks in order, padded with 0. Page ``h`` of
+            block ``b``, in one layer, is ``b * pages_per_block + h``.
+    """
+
+    lengths: Sequence[int]
+    num_keys: Sequence[int]
+    num_blocks: Sequence[int]
+    first_lse: Sequence[int]
+    starts: torch.Tensor
+    seen: torch.Tensor
+    block_table: torch.Tensor
+    num_heads: int
+    pages_per_block: int
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Sequence[torch.Tensor],
+        lengths: Sequence[int],
+        num_keys: Sequence[int],
+        num_heads: int,
+        pages_per_block: int,
+        device: torch.device,
+        first_lse: Sequence[int] | None = None,
+    ) -> PromptBatch:
+        """``blocks``: int64 on the host, those of each prompt's keys. Without ``first_lse`` all are
+        wanted."""
+        n, counts = len(blocks), [*map(len, blocks)]
+        width = max(counts)
+        numbers = torch.tensor(
+            [0, *accumulate(lengths), *num_keys], dtype=torch.int32, device="cpu"
+        )
+        table = torch.zeros(n, width, dtype=torch.int32, device="cpu")
+        for row, own in zip(table, blocks, strict=True):
+            row[: len(own)] = own
+        sent = to_device(torch.cat([numbers, table.flatten()]), device)
+        starts, seen, table = sent.split([n + 1, n, n * width])
+        on_host = (lengths, num_keys, counts, [0] * n if first_lse is None else first_lse)
+        return cls(*on_host, starts, seen, table.view(n, width), num_heads, pages_per_block)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def page_tables(self) -> list[torch.Tensor]:
+        """Of each prompt int64 ``[H, P]``, its pages in one layer."""
+        head = torch.arange(self.num_heads, device=self.block_table.device)[:, None]
+        each = zip(self.block_table, self.num_blocks, strict=True)
+        return [row[:count].long() * self.pages_per_block + head for row, count in each]
+
+    def chunks(self, kv: torch.Tensor) -> Iterator[tuple[slice, PromptKeys]]:
+        """Each prompt's tokens of the ``T``, and its keys; ``kv`` as in ``PromptKeys``."""
+        end = 0
+        for table, length, n in zip(self.page_tables, self.lengths, self.num_keys, strict=True):
+            start, end = end, end + length
+            yield slice(start, end), PromptKeys(kv, table, n)
+
+
+class Look(NamedTuple):
+    """What a profile looks at of a chunk: so many queries, every ``step``-th of the batch's tokens
+    from ``first`` on. They look from ``position``, ``position + step``, ... at the keys up
+    to there, of ``num_keys``."""
+
+    prompt: int
+    first: int
+    queries: int
+    step: int
+    position: int
+    num_keys: int
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What profiles look at in one step, and what they find.
+
+    Attributes:
+        each: what is looked at.
+        table: int64 ``[M, 8]``, the same, and where each one's weights and findings begin.
+        log_weights: float32, the logarithm of what each query counts, at most 0.
+        found: float32, of each ``[3, L, H, num_keys]``: the most attention that a key receives of
+            one query and query head, what it receives of all, and the norm of its value, as the
+            cache holds it. Written by ``attention_peaks``.
+    """
+
+    each: Sequence[Look]
+    table: torch.Tensor
+    log_weights: torch.Tensor
+    found: Sequence[torch.Tensor]
+    all_found: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        each: Sequence[Look],
+        log_weights: Sequence[torch.Tensor],
+        num_layers: int,
+        num_heads: int,
+        device: torch.device,
+    ) -> Looks:
+        """``log_weights``: on the host, of each one's queries."""
+        sizes = [3 * num_layers * num_heads * look.num_keys for look in each]
+        found = torch.empty(sum(sizes), device=device)
+        shapes = [(3, num_layers, num_heads, look.num_keys) for look in each]
+        parts = [part.view(s) for part, s in zip(found.split(sizes), shapes, strict=True)]
+        weights_at = [0, *accumulate(look.queries for look in each)]
+        found_at = [0, *accumulate(sizes)]
+        rows = [[*each[i], weights_at[i], found_at[i]] for i in range(len(each))]
+        table = to_device(torch.tensor(rows, device="cpu"), device)
+        return cls(each, table, to_device(torch.cat(list(log_weights)), device), parts, found)
+
+    def queries(
+        self, query: torch.Tensor, lse: torch.Tensor, prompts: PromptBatch, kv: torch.Tensor
+    ) -> Iterator[tuple[ProfiledQueries, PromptKeys]]:
+        """One after the other, of a layer."""
+        keys = [own for _, own in prompts.chunks(kv)]
+        log_weights = self.log_weights.split([look.queries for look in self.each])
+        for look, weight in zip(self.each, log_weights, strict=True):
+            own = slice(look.first, look.first + look.queries * look.step, look.step)
+            counted = lse[own] - weight[:, None, None]
+            queries = ProfiledQueries(query[own], counted, look.position, look.step)
+            yield queries, replace(keys[look.prompt], num_keys=look.num_keys)
 
 
 @dataclass(frozen=True)
@@ -176,10 +316,10 @@ class Kernels(Protocol):
     def prefill_attention(
         self,
         query: torch.Tensor,
-        keys: PromptKeys,
+        kv: torch.Tensor,
+        prompts: PromptBatch,
         scale: float,
         output: torch.Tensor,
-        first_lse: int = 0,
     ) -> torch.Tensor: ...
 
     def attention_mass(
@@ -193,11 +333,13 @@ class Kernels(Protocol):
 
     def attention_peaks(
         self,
-        queries: ProfiledQueries,
-        keys: PromptKeys,
+        query: torch.Tensor,
+        lse: torch.Tensor,
+        kv: torch.Tensor,
+        prompts: PromptBatch,
+        looks: Looks,
+        layer: int,
         scale: float,
-        peaks: torch.Tensor,
-        sums: torch.Tensor,
     ) -> None: ...
 
     def value_norms(self, keys: PromptKeys) -> torch.Tensor: ...

@@ -16,8 +16,10 @@ from fastgen_vllm.kernels.contract import (
     PEAK_DISTANCE,
     DecodeBatch,
     HeadState,
+    Looks,
     Pages,
     ProfiledQueries,
+    PromptBatch,
     PromptKeys,
 )
 from fastgen_vllm.kernels.reference import free_pages, gather_keys, move_pages
@@ -112,10 +114,27 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, kv: torch.Tensor, slots: to
 
 def prefill_attention(
     query: torch.Tensor,
+    kv: torch.Tensor,
+    prompts: PromptBatch,
+    scale: float,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    chunks = zip(prompts.chunks(kv), prompts.first_lse, strict=True)
+    if len(prompts) == 1:
+        (((_, keys), first),) = chunks
+        return _attend(query, keys, scale, output, first)
+    lse = torch.empty(query.shape[:3])
+    for (own, keys), first in chunks:
+        lse[own] = _attend(query[own], keys, scale, output[own], first)
+    return lse
+
+
+def _attend(
+    query: torch.Tensor,
     keys: PromptKeys,
     scale: float,
     output: torch.Tensor,
-    first_lse: int = 0,
+    first_lse: int,
 ) -> torch.Tensor:
     """By a library where one is faster here, for more than a few queries. It gives no log-sum-exps,
     and a few of them cost little."""
@@ -125,13 +144,14 @@ def prefill_attention(
     library = libraries.on_cpu.get((dtype, query.shape[-1]))
     if library is None or c < LEAST_QUERIES:
         attended = output if output.dtype == dtype else torch.empty_like(query)
-        lse = ops.prefill_attention(query, *where, attended)[first_lse:]
+        lse = ops.prefill_attention(query, *where, attended)
     elif c - first_lse <= c // 2:
         attended = library(query, *gather_keys(keys), scale)
-        lse = ops.attention_lse(query[first_lse:], *where)
+        lse = torch.empty(query.shape[:3])
+        lse[first_lse:] = ops.attention_lse(query[first_lse:], *where)
     else:
-        attended, lse = libraries.sdpa(query, *gather_keys(keys), scale)
-        lse = lse[first_lse:].contiguous()
+        attended, lse = libraries.sdpa_of(query, *gather_keys(keys), scale)
+        lse = lse.contiguous()
     if attended is not output:
         output.copy_(attended)
     return lse
@@ -148,13 +168,21 @@ def attention_mass(
 
 
 def attention_peaks(
-    queries: ProfiledQueries,
-    keys: PromptKeys,
+    query: torch.Tensor,
+    lse: torch.Tensor,
+    kv: torch.Tensor,
+    prompts: PromptBatch,
+    looks: Looks,
+    layer: int,
     scale: float,
-    peaks: torch.Tensor,
-    sums: torch.Tensor,
 ) -> None:
-    torch.ops.fastgen.attention_peaks(*_profiled(queries, keys), scale, peaks, sums)
+    each = looks.queries(query, lse, prompts, kv)
+    for (queries, keys), found in zip(each, looks.found, strict=True):
+        peaks, sums, norms = found[:, layer]
+        peaks.zero_()
+        sums.zero_()
+        torch.ops.fastgen.attention_peaks(*_profiled(queries, keys), scale, peaks, sums)
+        norms.copy_(value_norms(keys))
 
 
 def value_norms(keys: PromptKeys) -> torch.Tensor:

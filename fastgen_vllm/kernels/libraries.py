@@ -1,9 +1,9 @@
 """Prefill attention with the log-sum-exps that profiling needs, from a well-kept library.
 
-A chunk's keys and values lie in pages, so they are gathered first: ``8 D`` bytes moved per key and
-head in 16 bits, against ``4 c G D`` multiplications. The libraries are tried in the order of
-``LIBRARIES`` and one is chosen for the life of the process; the vLLM plugin puts vLLM's own flash
-attention in front.
+Flash attention, which the vLLM plugin puts in front, reads keys and values where they lie. For the
+others they are gathered first: ``8 D`` bytes moved per key and head in 16 bits, against ``4 c G D``
+multiplications. The libraries are tried in the order of ``LIBRARIES`` and one is chosen for the
+life of the process.
 """
 
 from __future__ import annotations
@@ -13,28 +13,48 @@ from functools import cache
 
 import torch
 
-from fastgen_vllm.kernels.contract import PromptKeys
+from fastgen_vllm.kernels.contract import PromptBatch
 from fastgen_vllm.kernels.reference import gather_keys
 
-Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]
-]
-"""Causal attention of the last ``c`` of ``m`` tokens: query ``[c, H, G, D]``, key and value
-``[m, H, D]`` and a scale give the output ``[c, H, G, D]`` and the LSE, float32 ``[c, H, G]``."""
+Attend = Callable[[torch.Tensor, torch.Tensor, PromptBatch, float, torch.Tensor], torch.Tensor]
+"""As ``reference.prefill_attention``, for a query and an output in the dtype of the cache."""
 
 AttendOnly = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""As ``Attend``, without the LSE."""
+"""Causal attention of the last ``c`` of ``m`` tokens: query ``[c, H, G, D]``, key and value
+``[m, H, D]`` and a scale give the output ``[c, H, G, D]``."""
 
 on_cpu: dict[tuple[torch.dtype, int], AttendOnly] = {}
 """By dtype and head size, what attends faster on this CPU than the native kernels."""
 
 
-def sdpa(
+def _one_by_one(
+    attend: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]
+    ],
+) -> Attend:
+    """Prompt by prompt: the keys of one are gathered at a time."""
+
+    def attend_all(
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        prompts: PromptBatch,
+        scale: float,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        for own, keys in prompts.chunks(kv):
+            output[own], lse[own] = attend(query[own], *gather_keys(keys), scale)
+        return lse
+
+    return attend_all
+
+
+def sdpa_of(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PyTorch's scaled-dot-product attention.
+    """As ``AttendOnly``, and the LSE, float32 ``[c, H, G]``.
 
-    Its causal mask starts at the first key, so the prefix and the chunk itself are attended
+    PyTorch's causal mask starts at the first key, so the prefix and the chunk itself are attended
     separately and merged.
     """
     prefix = key.shape[0] - query.shape[0]
@@ -65,7 +85,7 @@ def _sdpa(
     return output.permute(2, 0, 1, 3), lse[..., :c].permute(2, 0, 1).float()
 
 
-def xformers(
+def _xformers_of(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """xformers' memory-efficient attention over one block of a block-diagonal causal mask."""
@@ -80,7 +100,7 @@ def xformers(
     return output[0], lse[0, :, :, :c].permute(2, 0, 1).float()
 
 
-def _xformers_problem(dtype: torch.dtype) -> str:
+def _xformers_problem(dtype: torch.dtype, block_size: int) -> str:
     try:
         from xformers.ops import fmha
     except ImportError as error:
@@ -90,28 +110,36 @@ def _xformers_problem(dtype: torch.dtype) -> str:
     return "" if hasattr(fmha, "memory_efficient_attention_forward_requires_grad") else "too old"
 
 
-LIBRARIES: list[tuple[str, Callable[[torch.dtype], str], Attend]] = [
-    ("xformers", _xformers_problem, xformers),
-    ("PyTorch SDPA", lambda dtype: "", sdpa),
+sdpa = _one_by_one(sdpa_of)
+
+LIBRARIES: list[tuple[str, Callable[[torch.dtype, int], str], Attend]] = [
+    ("xformers", _xformers_problem, _one_by_one(_xformers_of)),
+    ("PyTorch SDPA", lambda dtype, block_size: "", sdpa),
 ]
-"""Name, what keeps it from attending a dtype here (empty: nothing), and the function."""
+"""Name, what keeps it from reading a cache of a dtype and block size here (empty: nothing), and the
+function."""
 
 
 @cache
-def choose(dtype: torch.dtype) -> tuple[str, Attend]:
-    """The first library that can serve a cache of this dtype in this process."""
-    return next((name, attend) for name, problem, attend in LIBRARIES if not problem(dtype))
+def choose(dtype: torch.dtype, block_size: int) -> tuple[str, Attend]:
+    """The first library that can serve a cache of this dtype and block size in this process."""
+    return next(
+        (name, attend) for name, problem, attend in LIBRARIES if not problem(dtype, block_size)
+    )
 
 
 def prefill_attention(
     query: torch.Tensor,
-    keys: PromptKeys,
+    kv: torch.Tensor,
+    prompts: PromptBatch,
     scale: float,
     output: torch.Tensor,
-    first_lse: int = 0,
 ) -> torch.Tensor:
     """As ``reference.prefill_attention``."""
-    dtype = keys.kv.dtype
-    attended, lse = choose(dtype)[1](query.to(dtype), *gather_keys(keys), scale)
-    output.copy_(attended)
-    return lse[first_lse:]
+    same = query.dtype == kv.dtype == output.dtype
+    attended = output if same else torch.empty_like(output, dtype=kv.dtype)
+    attend = choose(kv.dtype, kv.shape[1])[1]
+    lse = attend(query.to(kv.dtype), kv, prompts, scale, attended)
+    if not same:
+        output.copy_(attended)
+    return lse

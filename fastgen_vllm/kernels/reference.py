@@ -14,8 +14,10 @@ from fastgen_vllm.kernels.contract import (
     DecodeBatch,
     HeadRules,
     HeadState,
+    Looks,
     Pages,
     ProfiledQueries,
+    PromptBatch,
     PromptKeys,
 )
 from fastgen_vllm.tensors import EMPTY, ceil_ratio
@@ -65,21 +67,31 @@ def _masked_scores(
 
 def prefill_attention(
     query: torch.Tensor,
-    keys: PromptKeys,
+    kv: torch.Tensor,
+    prompts: PromptBatch,
     scale: float,
     output: torch.Tensor,
-    first_lse: int = 0,
 ) -> torch.Tensor:
-    """Causal attention of a chunk against its whole prefix and itself.
+    """Causal attention of each chunk against its whole prefix and itself.
 
     Args:
-        query: ``[c, H, G, D]``, the last ``c`` of the keys' tokens.
-        output: ``[c, H, G, D]``, written.
-        first_lse: the first query whose log-sum-exp is wanted.
+        query: ``[T, H, G, D]``.
+        kv: pages, from the layer's first on.
+        output: ``[T, H, G, D]``, written.
 
     Returns:
-        lse float32 ``[c - first_lse, H, G]``, the log-sum-exp of each query's scaled scores.
+        lse float32 ``[T, H, G]``, the log-sum-exp of each query's scaled scores, where
+        ``prompts.first_lse`` wants it.
     """
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    for own, keys in prompts.chunks(kv):
+        lse[own] = _attend(query[own], keys, scale, output[own])
+    return lse
+
+
+def _attend(
+    query: torch.Tensor, keys: PromptKeys, scale: float, output: torch.Tensor
+) -> torch.Tensor:
     c, heads, groups, _ = query.shape
     key, value = gather_keys(keys)
     lse = torch.empty((c, heads, groups), dtype=torch.float32, device=query.device)
@@ -92,7 +104,7 @@ def prefill_attention(
         probs = (scores - tile_lse[..., None]).exp()
         output[tile] = torch.einsum("hgqk,khd->qhgd", probs, value.float()).to(output.dtype)
         lse[tile] = tile_lse.permute(2, 0, 1)
-    return lse[first_lse:]
+    return lse
 
 
 def _attention_of(
@@ -147,22 +159,30 @@ def attention_mass(
 
 
 def attention_peaks(
-    queries: ProfiledQueries,
-    keys: PromptKeys,
+    query: torch.Tensor,
+    lse: torch.Tensor,
+    kv: torch.Tensor,
+    prompts: PromptBatch,
+    looks: Looks,
+    layer: int,
     scale: float,
-    peaks: torch.Tensor,
-    sums: torch.Tensor,
 ) -> None:
-    """Raise ``peaks`` to the most attention that each key receives of one query and query head, and
-    add what it receives of all to ``sums``.
+    """What every look of a step finds in one layer.
 
     Args:
-        peaks, sums: float32 ``[H, >= num_keys]``, updated in place.
+        query, lse: ``[T, H, G, D]``, and of ``prefill_attention``.
+        kv: pages, from the layer's first on.
+        looks: ``found`` is written.
     """
-    peaks, sums = peaks[:, : keys.num_keys], sums[:, : keys.num_keys]
-    for _, probs in _attention_of(queries, keys, scale):
-        peaks.copy_(torch.maximum(peaks, probs.amax(dim=(1, 2))))
-        sums += probs.sum(dim=(1, 2))
+    each = looks.queries(query, lse, prompts, kv)
+    for (queries, keys), found in zip(each, looks.found, strict=True):
+        peaks, sums, norms = found[:, layer]
+        peaks.zero_()
+        sums.zero_()
+        for _, probs in _attention_of(queries, keys, scale):
+            peaks.copy_(torch.maximum(peaks, probs.amax(dim=(1, 2))))
+            sums += probs.sum(dim=(1, 2))
+        norms.copy_(value_norms(keys))
 
 
 def decode_attention(

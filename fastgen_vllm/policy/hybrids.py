@@ -19,7 +19,7 @@ from fastgen_vllm.tensors import RATIO_UNIT, ceil_ratio, to_device
 class Hybrid(BaseModel):
     """A union of policy components; ``frequent`` and ``local`` are r_f and r_l, 0 for neither."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     special: bool = False
     punctuation: bool = False

@@ -1,16 +1,17 @@
-"""The prefill hook: attention mass gathered chunk by chunk while a prompt is encoded."""
+"""The prefill hook: attention gathered chunk by chunk while a prompt is encoded."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from fastgen_vllm.config import FastGenConfig, Plan
-from fastgen_vllm.kernels.contract import Kernels, ProfiledQueries, PromptKeys
+from fastgen_vllm.kernels.contract import Kernels, Look, Looks, ProfiledQueries, PromptKeys
 from fastgen_vllm.policy.choice import Choice, Goal, PromptStats, with_sinks
 from fastgen_vllm.policy.observed import Observed
-from fastgen_vllm.profiler.queries import query_runs
+from fastgen_vllm.profiler.queries import QueryRun, query_runs
 from fastgen_vllm.tensors import to_device
 
 
@@ -29,8 +30,8 @@ class PromptChunk:
 
     Attributes:
         query: ``[c, H, G, D]``, the last ``c`` of the keys' tokens.
-        lse: float32 ``[k, H, G]``, log-sum-exp of the scaled scores of its last ``k`` queries,
-            ``first_lse`` of the profile among them.
+        lse: float32 ``[c, H, G]``, log-sum-exp of the scaled scores of each query, from
+            ``first_lse`` of the profile on.
         scale: what scores are multiplied by.
     """
 
@@ -56,7 +57,8 @@ class PromptTokens:
 
 
 class PromptProfile:
-    """Attention mass of one prompt, for all layers, and the choice that follows from it.
+    """Attention of one prompt, for all layers, and the choice that follows from it: peaks, which
+    ``Gathering`` finds for all prompts of a step, or mass by distance.
 
     Args:
         plan: the config's for such a goal, on the device.
@@ -84,16 +86,18 @@ class PromptProfile:
         groups = heads.group_size if config.group_reduction == "min" else 1
         shape = (heads.num_layers, heads.num_kv_heads)
         self.mass = torch.zeros((*shape, groups, 0, len(self.bounds) + 1), device=device)
-        self.peaks = torch.zeros((2, *shape, 0), device=device)
-        """Of one query, and the sum over queries."""
-        self.value_norms = torch.ones((*shape, 0), device=device)
+        self.found = torch.zeros((3, *shape, 0), device=device)
+        """As ``Looks.found``, of the keys so far."""
+        self._value_norms = torch.ones((*shape, 0), device=device)
         self.observed: Observed | None = None
         """For methods that need the model: whoever runs them sets it."""
         how = (profiling.weighting, profiling.window, config.query_sampling)
         self.runs, weights = query_runs(*how, self.num_tokens, prompt.system)
         # Kernels take weights up to 1. Only shares of the mass count, so it stays in this unit.
         self.most_weight = max(1.0, float(weights.max()))
-        self.log_weights = to_device((weights / self.most_weight).log(), device)
+        log_weights = (weights / self.most_weight).log()
+        self.log_weights = log_weights if profiling.peaks else to_device(log_weights, device)
+        """Those of peaks travel with the step's other numbers."""
 
     def first_lse(self, start: int, end: int) -> int:
         """Of a chunk of tokens ``[start, end)``, the first query that is looked at; the chunk's
@@ -101,18 +105,23 @@ class PromptProfile:
         looked_at = min(run.first for run in self.runs)
         return min(max(looked_at - start, 0), end - start)
 
+    def runs_in(self, start: int, end: int) -> Iterator[QueryRun]:
+        """What is looked at of tokens ``[start, end)``."""
+        for run in self.runs:
+            first, last = max(run.first, start), min(run.end, end)
+            first += (run.first - first) % run.step
+            if first < last:
+                yield QueryRun(first, last, run.step)
+
     def make_room(self, num_keys: int) -> None:
         """Room for a prompt's first chunk, and from the second on for all of it: in the step in
         which one long prompt ends, the next one that begins takes little."""
-        held = self.value_norms.shape[-1]
+        held = self._value_norms.shape[-1]
         if num_keys <= held:
             return
         more = (self.num_tokens if held else num_keys) - held
-        if self.profiling.peaks:
-            self.peaks = torch.nn.functional.pad(self.peaks, (0, more))
-        else:
-            self.mass = torch.nn.functional.pad(self.mass, (0, 0, 0, more))
-        self.value_norms = torch.nn.functional.pad(self.value_norms, (0, more), value=1.0)
+        self.mass = torch.nn.functional.pad(self.mass, (0, 0, 0, more))
+        self._value_norms = torch.nn.functional.pad(self._value_norms, (0, more), value=1.0)
 
     def add_chunk(
         self,
@@ -120,33 +129,49 @@ class PromptProfile:
         layer: int,
         chunk: PromptChunk,
     ) -> None:
-        """Add a chunk's queries, and with the last chunk the prompt's values.
+        """Add the mass of a chunk's queries, and with the last chunk the prompt's values.
 
         A query's weight multiplies its probabilities, ``exp(score - lse)``, so it goes into the
         log-sum-exp and costs the kernels nothing.
         """
         num_keys = chunk.keys.num_keys
-        start, first_lse = num_keys - len(chunk.query), num_keys - len(chunk.lse)
+        start = num_keys - len(chunk.query)
         self.make_room(num_keys)
         if self.profiling.value_weighting and num_keys == self.num_tokens:
-            self.value_norms[layer] = kernels.value_norms(chunk.keys)
-        for run in self.runs:
-            first, end = max(run.first, start), min(run.end, num_keys)
-            first += (run.first - first) % run.step
-            if first >= end:
-                continue
-            own = slice(first - start, end - start, run.step)
-            lse = chunk.lse[first - first_lse : end - first_lse : run.step]
-            lse = lse - self.log_weights[first : end : run.step, None, None]
-            keys = replace(chunk.keys, num_keys=end)
-            if self.profiling.peaks:
-                # Queries that stood further back would see what these see of far keys.
-                stood = first - self.profiling.least_window
-                queries = ProfiledQueries(chunk.query[own], lse, stood, run.step)
-                kernels.attention_peaks(queries, keys, chunk.scale, *self.peaks[:, layer])
-            else:
-                queries = ProfiledQueries(chunk.query[own], lse, first, run.step)
-                kernels.attention_mass(queries, keys, self.bounds, chunk.scale, self.mass[layer])
+            self._value_norms[layer] = kernels.value_norms(chunk.keys)
+        for run in self.runs_in(start, num_keys):
+            own = slice(run.first - start, run.end - start, run.step)
+            lse = chunk.lse[own] - self.log_weights[run.own, None, None]
+            keys = replace(chunk.keys, num_keys=run.end)
+            queries = ProfiledQueries(chunk.query[own], lse, run.first, run.step)
+            kernels.attention_mass(queries, keys, self.bounds, chunk.scale, self.mass[layer])
+
+    def add_found(self, found: torch.Tensor) -> None:
+        """Add what a look found: as ``Looks.found``, which is changed."""
+        longer, other = found, self.found
+        if other.shape[-1] > longer.shape[-1]:
+            longer, other = other, longer
+        both = longer[..., : other.shape[-1]]
+        sums = both[1] + other[1]
+        torch.maximum(both, other, out=both)  # of norms, whichever saw the key
+        both[1] = sums
+        self.found = longer
+
+    @property
+    def peaks(self) -> torch.Tensor:
+        """float32 ``[2, L, H, keys]``: the most of one query, and the sum over queries."""
+        return self.found[:2]
+
+    @property
+    def value_norms(self) -> torch.Tensor:
+        """float32 ``[L, H, keys]``; ones where they do not count."""
+        if not self.profiling.peaks:
+            return self._value_norms
+        return self.found[2] if self.profiling.value_weighting else torch.ones_like(self.found[2])
+
+    def share(self, other: PromptProfile) -> None:
+        """Take what another profile has gathered, which looked at the same prompt alike."""
+        self.mass, self.found, self._value_norms = other.mass, other.found, other._value_norms
 
     def finish(self) -> Choice:
         """What the heads keep. Every chunk and layer has been added.
@@ -192,11 +217,11 @@ class PromptProfile:
 
     def stats(self) -> PromptStats:
         """What the choice is made from."""
-        mass, scores = self.mass, self.peaks[0]
         if self.profiling.peaks:
-            mass = self.peaks[1][:, :, None, :, None]
+            scores, sums = self.peaks
+            mass = sums[:, :, None, :, None]
         else:
-            scores = self._mass_of_keys()
+            mass, scores = self.mass, self._mass_of_keys()
         seen_by = torch.arange(self.num_tokens, 0, -1, device=scores.device)
         averages, pooling = self.config.frequent_score == "mean", self.profiling.pooling
         if averages:
@@ -214,3 +239,47 @@ class PromptProfile:
             self.observed,
             self.token_classes,
         )
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Peaks that profiles gather in one step, for all its prompts and layers at once.
+
+    Attributes:
+        profiles: whose look each is.
+    """
+
+    looks: Looks
+    profiles: Sequence[PromptProfile]
+
+    @classmethod
+    def of(
+        cls, chunks: Sequence[tuple[int, int, int, int, PromptProfile]], device: torch.device
+    ) -> Gathering | None:
+        """None where there is nothing to look at.
+
+        Args:
+            chunks: of each profile, the prompt's index in the step, its chunk's first token there,
+                and positions of the chunk's first token and past its last.
+        """
+        each: list[Look] = []
+        weights, profiles = [], []
+        for prompt, row, start, end, profile in chunks:
+            for run in profile.runs_in(start, end):
+                # Queries that stood further back would see what these see of far keys.
+                stood = run.first - profile.profiling.least_window
+                own = profile.log_weights[run.own]
+                first = row + run.first - start
+                each.append(Look(prompt, first, len(own), run.step, stood, run.end))
+                weights.append(own)
+                profiles.append(profile)
+        if not each:
+            return None
+        heads = profiles[0].heads
+        looks = Looks.of(each, weights, heads.num_layers, heads.num_kv_heads, device)
+        return cls(looks, profiles)
+
+    def finish(self) -> None:
+        """All layers have been attended to."""
+        for profile, found in zip(self.profiles, self.looks.found, strict=True):
+            profile.add_found(found)

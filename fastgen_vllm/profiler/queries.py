@@ -30,6 +30,10 @@ class QueryRun:
     end: int
     step: int
 
+    @property
+    def own(self) -> slice:
+        return slice(self.first, self.end, self.step)
+
 
 def queries_looked_at(weighting: QueryWeighting, window: int) -> int | None:
     """The last so many queries of a prompt; None where all of them are."""

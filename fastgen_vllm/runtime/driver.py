@@ -110,14 +110,11 @@ class Driver:
         for request, count in zip(batch, counts.values(), strict=True):
             ids += request.tokens[request.computed : request.computed + count]
             request.computed += count
-        width = max(len(request.table) for request in batch)
-        table = [request.table + [0] * (width - len(request.table)) for request in batch]
         seen = torch.tensor([request.computed for request in batch])
         return self.runtime.start_step(
             list(counts),
             torch.tensor([0, *counts.values()]).cumsum(0),
             to_device(seen, device),
-            to_device(torch.tensor(table), device),
             to_device(torch.tensor(ids), device),
             seen,
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastgen_vllm.cache.head_tables import row_bytes, table_entries
-from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.config import FastGenConfig, Plan
+from fastgen_vllm.profiler.queries import query_runs
 from fastgen_vllm.runtime.runtime import CAPTURED_SPLIT
 from fastgen_vllm.tensors import LOGITS_BYTES, MOST_AT_ONCE
 
@@ -22,6 +23,9 @@ norm of its value, its score and rank, whether it is kept, where it goes."""
 AGAIN_BYTES = 40
 """What a key takes while it is decided whether its request still keeps it. Requests are looked at
 together that have ``MOST_AT_ONCE`` keys, or one that has more."""
+
+FOUND_BYTES = 12
+"""What a look finds of a key, before it is added to what others found."""
 
 SCRATCH_BYTES = 80
 """What a key takes while a prompt's policies are chosen or its metadata is written, beside a copy
@@ -91,19 +95,27 @@ def for_prompts(config: FastGenConfig, load: Load) -> int:
     one_layer = load.num_kv_heads * load.longest
     together = min(max(MOST_AT_ONCE, one_layer), one_layer * load.num_layers)
     scratch = together * (mass + groups * SCRATCH_BYTES)
+    found = FOUND_BYTES * (max(_runs(plan, load.longest) for plan in plans) - 1)
     grows = any(plan.method.choose_again is not None for plan in plans)
     of_one = load.keys * load.longest
     looked_at = max(of_one, min(MOST_AT_ONCE, of_one * load.max_requests))
     again = AGAIN_BYTES * looked_at if grows else 0
-    return load.keys * tokens * (mass + KEY_BYTES) + again + scratch
+    return load.keys * tokens * (mass + found + KEY_BYTES) + again + scratch
 
 
-def for_attention(load: Load, captured: bool = False) -> int:
-    """Bytes of one layer's attention: a prompt's K and V in order, logits of decoding requests; and
-    those again of captured steps, with what their splits leave."""
+def _runs(plan: Plan, num_tokens: int) -> int:
+    """In how many runs a prompt's queries are looked at, each of which finds peaks of its own."""
+    how = plan.profiling
+    return len(query_runs(how.weighting, how.window, 1, num_tokens)[0]) if how.peaks else 1
+
+
+def for_attention(load: Load, captured: bool = False, gathers: bool = True) -> int:
+    """Bytes of one layer's attention: a prompt's K and V, where it ``gathers`` them in order, and
+    logits of decoding requests; and those again of captured steps, with what their splits leave."""
     heads = load.num_kv_heads * load.group_size
     of_one = 4 * heads * load.longest
     logits = max(of_one, min(LOGITS_BYTES, of_one * load.max_requests))
     # A split leaves 4 bytes for an element of V, of which a slot has as many as of K, in 16 bits.
     graphs = logits + logits * load.slot_bytes // (4 * CAPTURED_SPLIT) if captured else 0
-    return load.num_kv_heads * load.longest * load.slot_bytes + logits + graphs
+    gathered = load.num_kv_heads * load.longest * load.slot_bytes if gathers else 0
+    return gathered + logits + graphs

@@ -11,7 +11,7 @@ import torch
 
 from fastgen_vllm.cache import Compacted, HeadTables, PagePool, compact
 from fastgen_vllm.config import FastGenConfig, Plan, RequestOverride
-from fastgen_vllm.kernels import Kernels, PromptKeys, select
+from fastgen_vllm.kernels import Kernels, select
 from fastgen_vllm.policy.choice import Choice, Goal
 from fastgen_vllm.policy.hybrids import FULL, hybrids_of
 from fastgen_vllm.policy.protect import SystemPrompts, protect
@@ -19,7 +19,7 @@ from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile
 from fastgen_vllm.reads import Work, figures, together, wait_for
 from fastgen_vllm.runtime.growth import Growth, slots_in
 from fastgen_vllm.runtime.report import HeadsKept, Kept, KeptAgain, PendingReport, StepReport
-from fastgen_vllm.runtime.step import Prefill, PrefillChunk, Step
+from fastgen_vllm.runtime.step import Encoding, Index, Prefill, PrefillChunk, Step
 from fastgen_vllm.tensors import LOGITS_BYTES, MOST_AT_ONCE, to_device
 
 NO_SYSTEM_PROMPTS = SystemPrompts()
@@ -97,7 +97,7 @@ class Runtime:
             return
         prompt = self.prompt_tokens(self.config, token_ids, override)
         if goal is not None:
-            prefill.profile = self.new_profile(prompt, goal)
+            prefill.profiles = [self.new_profile(prompt, goal)]
         if later is not None:
             every = 0 if self.config.waits(override) else self.config.compact_every
             prefill.growth = Growth(self._plan(later), later, every, prompt)
@@ -153,7 +153,6 @@ class Runtime:
         request_ids: Sequence[str],
         query_start: torch.Tensor,
         seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
         token_ids: torch.Tensor,
         host_seq_lens: torch.Tensor | None = None,
     ) -> Step:
@@ -162,30 +161,33 @@ class Runtime:
         Args:
             query_start: int ``[N + 1]`` on the host, cumulative query lengths.
             seq_lens: int ``[N]``, tokens so far including this step's.
-            block_table: int ``[N, B]``, the engine's block table; read for prefills only.
             token_ids: int ``[num_tokens]``.
             host_seq_lens: ``seq_lens`` on the host, right for prefills at least.
         """
-        num_tokens = int(query_start[-1])
+        starts, device = query_start.tolist(), token_ids.device
         lengths = seq_lens if host_seq_lens is None else host_seq_lens
-        encoding = [i for i, r in enumerate(request_ids) if r in self.prefills]
-        chunks = [
-            self._chunk(request_ids[i], query_start, i, int(lengths[i]), block_table[i])
-            for i in encoding
-        ]
-        decoding = [i for i, r in enumerate(request_ids) if r not in self.prefills]
+        is_prompt = [r in self.prefills for r in request_ids]
+        of_prompts = [i for i, encodes in enumerate(is_prompt) if encodes]
+        decoding = [i for i, encodes in enumerate(is_prompt) if not encodes]
         ids = [request_ids[i] for i in decoding]
-        assert chunks or num_tokens == len(ids), "a request decodes more than one token"
-        if not ids:
-            return Step(num_tokens, chunks, [], None, None, None)
-        tokens = None
+        chunks = [
+            self._chunk(request_ids[i], starts[i + 1] - starts[i], int(lengths[i]))
+            for i in of_prompts
+        ]
+        encoding = None
         if chunks:
-            tokens = to_device(query_start[decoding].long(), token_ids.device)
-            rows = to_device(torch.tensor(decoding), token_ids.device)
-            seq_lens, token_ids = seq_lens[rows], token_ids[tokens]
+            tokens = _tokens(starts, of_prompts, device)
+            encoding = Encoding.of(tokens, chunks, self.prefills, self.pool)
+        own = _tokens(starts, decoding, device)
+        if not ids:
+            return Step(starts[-1], chunks, encoding, [], own, None, None)
+        if chunks:
+            rows = _index(decoding, device)
+            seq_lens, token_ids = seq_lens[rows], token_ids[own]
+        assert len(token_ids) == len(ids), "a request decodes more than one token"
         batch = self.tables.batch(ids, seq_lens, self.token_classes[token_ids.long()])
         short = self.kernels.plan_decode(self.pool, self.tables.state, batch)
-        return Step(num_tokens, chunks, ids, tokens, batch, short)
+        return Step(starts[-1], chunks, encoding, ids, own, batch, short)
 
     def captured_step(self, num_requests: int) -> Step:
         """What a CUDA graph holds of a step in which so many requests decode: replayed, it attends
@@ -193,7 +195,8 @@ class Runtime:
         """
         most = self._captured_slots(num_requests) // self.pool.block_size
         batch = self.tables.first_of_batch(num_requests, most)
-        return Step(num_requests, [], [], None, replace(batch, split_slots=CAPTURED_SPLIT), None)
+        batch = replace(batch, split_slots=CAPTURED_SPLIT)
+        return Step(num_requests, [], None, [], slice(None), batch, None)
 
     def can_replay(self, request_ids: Sequence[str], num_requests: int) -> bool:
         """Whether a graph of ``num_requests`` serves these in the step to come: all decode, and no
@@ -208,24 +211,11 @@ class Runtime:
         pages = LOGITS_BYTES // (of_one * num_requests) // self.pool.block_size
         return min(pages, self._most_pages) * self.pool.block_size
 
-    def _chunk(
-        self,
-        request_id: str,
-        query_start: torch.Tensor,
-        index: int,
-        num_seen: int,
-        block_table: torch.Tensor,
-    ) -> PrefillChunk:
-        start, end = query_start[index : index + 2].tolist()
-        block_size, first = self.pool.block_size, num_seen - (end - start)
-        prefill = self.prefills[request_id]
+    def _chunk(self, request_id: str, length: int, num_seen: int) -> PrefillChunk:
+        prefill, first = self.prefills[request_id], num_seen - length
         if prefill.cached_tokens is None:
             prefill.cached_tokens = first
-        blocks = block_table[: -(-num_seen // block_size)].long()
-        page_table = self.pool.pages_of(blocks)[0].contiguous()
-        positions = torch.arange(first, num_seen, device=blocks.device)
-        slots = page_table[:, positions // block_size] * block_size + positions % block_size
-        return PrefillChunk(request_id, start, end, first, blocks, page_table, slots.T.contiguous())
+        return PrefillChunk(request_id, first, num_seen)
 
     def forward(
         self,
@@ -246,53 +236,67 @@ class Runtime:
         """
         shape = (self.pool.num_kv_heads, self.heads.group_size)
         query, output = query.unflatten(1, shape), output.unflatten(1, shape)
-        own = step.decode_tokens
-        decoding = (query, key, value) if own is None else (query[own], key[own], value[own])
-        # All K and V first: a prompt may read blocks that another of the batch writes.
-        for chunk in step.chunks:
-            pages, tokens = self.pool.of_layer(layer), chunk.tokens
-            self.kernels.write_kv(key[tokens], value[tokens], pages, chunk.slots)
-        if step.decode is not None:
-            slots = step.decode.slots[:, layer]
-            self.kernels.write_kv(decoding[1], decoding[2], self.pool.kv, slots)
-        for chunk in step.chunks:
-            self._prefill(chunk, layer, query, output, scale)
-        if step.decode is None:
+        if step.encoding is None:
+            self._decode(step, layer, query, key, value, output, scale)
             return
-        attended = output if own is None else torch.empty_like(decoding[0])
-        self.kernels.decode_attention(
-            decoding[0], self.pool, self.tables.state, step.decode, layer, scale, attended
-        )
-        if own is not None:
-            output[own] = attended
+        # All K and V of prompts first: one may read blocks that another writes.
+        encoding, pages, own = step.encoding, self.pool.of_layer(layer), step.encoding.tokens
+        self.kernels.write_kv(key[own], value[own], pages, encoding.slots)
+        attended = _of(output, own)
+        self._encode(encoding, layer, query[own], attended, scale)
+        _put(output, own, attended)
+        if step.decode is not None:
+            own = step.decode_tokens
+            attended = _of(output, own)
+            self._decode(step, layer, query[own], key[own], value[own], attended, scale)
+            _put(output, own, attended)
 
-    def _prefill(
+    def _decode(
         self,
-        chunk: PrefillChunk,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+    ) -> None:
+        batch, state = step.decode, self.tables.state
+        assert batch is not None
+        self.kernels.write_kv(key, value, self.pool.kv, batch.slots[:, layer])
+        self.kernels.decode_attention(query, self.pool, state, batch, layer, scale, output)
+
+    def _encode(
+        self,
+        encoding: Encoding,
         layer: int,
         query: torch.Tensor,
         output: torch.Tensor,
         scale: float,
     ) -> None:
-        own, output = query[chunk.tokens], output[chunk.tokens]
-        keys = PromptKeys(self.pool.of_layer(layer), chunk.page_table, chunk.num_seen)
-        profile = self.prefills[chunk.request_id].profile
-        first = len(own) if profile is None else profile.first_lse(chunk.first, chunk.num_seen)
-        lse = self.kernels.prefill_attention(own, keys, scale, output, first)
-        if profile is not None:
-            profile.add_chunk(self.kernels, layer, PromptChunk(own, keys, lse, scale))
+        kernels, kv, prompts = self.kernels, self.pool.of_layer(layer), encoding.prompts
+        lse = kernels.prefill_attention(query, kv, prompts, scale, output)
+        if encoding.gathering is not None:
+            looks = encoding.gathering.looks
+            kernels.attention_peaks(query, lse, kv, prompts, looks, layer, scale)
+        if encoding.by_mass:
+            chunks = list(prompts.chunks(kv))
+            for i, profile in encoding.by_mass:
+                own, keys = chunks[i]
+                profile.add_chunk(kernels, layer, PromptChunk(query[own], keys, lse[own], scale))
 
     def finish_step(self, step: Step, squeeze: Collection[str] = ()) -> PendingReport:
         """Compress the requests whose prompt ended, those that have grown and those that the
         scheduler wants to ``squeeze``, and report."""
         report, ended = StepReport(), {}
+        step.finish_profiles()
         self._compact_grown(step.decode_ids, squeeze, report)
         works: list[Work[None]] = []
         for chunk in step.chunks:
             prefill = self.prefills.get(chunk.request_id)
-            if prefill is not None and chunk.num_seen == prefill.num_tokens:
-                works.append(self._compress(chunk, prefill, report))
-                ended[chunk.request_id] = chunk.num_seen
+            if prefill is not None and chunk.end == prefill.num_tokens:
+                works.append(self._compress(chunk.request_id, prefill, report))
+                ended[chunk.request_id] = chunk.end
         wait_for(together(*works))
         alive = [*step.decode_ids, *ended]
         free_pages = self._free_pages(alive, step, list(ended.values()))
@@ -334,8 +338,8 @@ class Runtime:
             seen = prompts if seen is None else torch.cat([seen, prompts])
         return self.kernels.free_pages(state, rows, seen, self.pool.block_size, self.report_lag)
 
-    def _compress(self, chunk: PrefillChunk, prefill: Prefill, report: StepReport) -> Work[None]:
-        request_id, n = chunk.request_id, prefill.num_tokens
+    def _compress(self, request_id: str, prefill: Prefill, report: StepReport) -> Work[None]:
+        n = prefill.num_tokens
         total = n * self.pool.pages_per_block
         profile, growth = prefill.profile, prefill.growth
         choice = self.everything(n, growth) if profile is None else profile.finish()
@@ -344,8 +348,7 @@ class Runtime:
         if growth is not None and growth.waits:
             choice = choice.whole()
         del self.prefills[request_id]
-        blocks = prefill.blocks[: len(chunk.blocks)]
-        assert not self.config.debug or blocks == chunk.blocks.tolist(), request_id
+        blocks = prefill.blocks[: -(-n // self.pool.block_size)]
         works: list[Work[Any]] = [self.install(request_id, blocks, choice, prefill.targets, growth)]
         if not choice.is_everything:
             works += [hybrids_of(choice.rules), figures(choice.recovery.mean())]
@@ -415,3 +418,31 @@ class Runtime:
         return (
             yield from compact(tables, request_id, pages, choice.kept, n, self.kernels, targets)
         )
+
+
+def _tokens(starts: Sequence[int], requests: Sequence[int], device: torch.device) -> Index:
+    """Of some requests of a batch, whose tokens begin at ``starts``."""
+    if requests and requests[-1] - requests[0] == len(requests) - 1:
+        return slice(starts[requests[0]], starts[requests[-1] + 1])
+    return _index([t for i in requests for t in range(starts[i], starts[i + 1])], device)
+
+
+def _index(numbers: Sequence[int], device: torch.device) -> Index:
+    """Of ascending numbers."""
+    if not numbers:
+        return slice(0)
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return slice(numbers[0], numbers[-1] + 1)
+    return to_device(torch.tensor(numbers), device)
+
+
+def _of(output: torch.Tensor, tokens: Index) -> torch.Tensor:
+    """Where those tokens' output is written: a part of it, or what ``_put`` then copies."""
+    if isinstance(tokens, slice):
+        return output[tokens]
+    return output.new_empty((len(tokens), *output.shape[1:]))
+
+
+def _put(output: torch.Tensor, tokens: Index, own: torch.Tensor) -> None:
+    if not isinstance(tokens, slice):
+        output[tokens] = own

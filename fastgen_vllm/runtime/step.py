@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from fastgen_vllm.kernels.contract import DecodeBatch
-from fastgen_vllm.profiler.profile import PromptProfile
+from fastgen_vllm.cache import PagePool
+from fastgen_vllm.kernels.contract import DecodeBatch, PromptBatch
+from fastgen_vllm.profiler.profile import Gathering, PromptProfile
 from fastgen_vllm.runtime.growth import Growth
+from fastgen_vllm.tensors import to_device
+
+Index = slice | torch.Tensor
+"""Some tokens of a batch: int64, where they do not follow each other."""
 
 
 @dataclass
@@ -16,7 +22,7 @@ class Prefill:
     """A request whose prompt is being encoded.
 
     Attributes:
-        profile: None where all is kept.
+        profiles: the first, if any, chooses what is kept; a tool gathers others beside it.
         growth: how it goes on; None where it is not compacted again.
         blocks: that it was given so far, in token order.
         targets: blocks that it is compacted into; None where its own blocks are its alone.
@@ -24,38 +30,80 @@ class Prefill:
     """
 
     num_tokens: int
-    profile: PromptProfile | None = None
+    profiles: list[PromptProfile] = field(default_factory=list)
     growth: Growth | None = None
     blocks: list[int] = field(default_factory=list)
     targets: list[int] | None = None
     cached_tokens: int | None = None
 
+    @property
+    def profile(self) -> PromptProfile | None:
+        """None where all is kept."""
+        return self.profiles[0] if self.profiles else None
+
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens ``[start, end)`` of the batch: positions from ``first`` of a prompt.
-
-    Attributes:
-        blocks: int64 ``[B]``, where the prompt lies so far.
-        page_table: int64 ``[H, B]``, pages in ``PagePool.of_layer`` of any layer.
-        slots: int64 ``[end - start, H]``, where there the chunk's K and V go.
-    """
+    """Tokens ``[first, end)`` of a prompt."""
 
     request_id: str
-    start: int
-    end: int
     first: int
-    blocks: torch.Tensor
-    page_table: torch.Tensor
+    end: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a step encodes of prompts, ``T`` tokens.
+
+    Attributes:
+        tokens: theirs in the batch.
+        slots: int64 ``[T, H]``, where K and V go, in ``PagePool.of_layer`` of any layer.
+        gathering: of profiles that look at peaks; None where none looks at these tokens.
+        by_mass: other profiles, each with the index of its prompt.
+    """
+
+    tokens: Index
+    prompts: PromptBatch
     slots: torch.Tensor
+    gathering: Gathering | None
+    by_mass: Sequence[tuple[int, PromptProfile]]
 
-    @property
-    def num_seen(self) -> int:
-        return self.first + self.end - self.start
-
-    @property
-    def tokens(self) -> slice:
-        return slice(self.start, self.end)
+    @classmethod
+    def of(
+        cls,
+        tokens: Index,
+        chunks: Sequence[PrefillChunk],
+        prefills: Mapping[str, Prefill],
+        pool: PagePool,
+    ) -> Encoding:
+        device, block_size = pool.kv.device, pool.block_size
+        page_slots = pool.pages_per_block * block_size
+        blocks, lengths, first_lse, slots = [], [], [], []
+        peaks, by_mass, row = [], [], 0
+        for i, chunk in enumerate(chunks):
+            prefill, first, end = prefills[chunk.request_id], chunk.first, chunk.end
+            own = torch.tensor(prefill.blocks[: -(-end // block_size)])
+            position = torch.arange(first, end)
+            block = own[position // block_size]
+            slots.append(block * page_slots + position % block_size)
+            wanted = end - first
+            for profile in prefill.profiles:
+                wanted = min(wanted, profile.first_lse(first, end))
+                if profile.profiling.peaks:
+                    peaks.append((i, row, first, end, profile))
+                else:
+                    by_mass.append((i, profile))
+            blocks.append(own)
+            lengths.append(end - first)
+            first_lse.append(wanted)
+            row += end - first
+        num_heads, ends = pool.num_kv_heads, [chunk.end for chunk in chunks]
+        prompts = PromptBatch.of(
+            blocks, lengths, ends, num_heads, pool.pages_per_block, device, first_lse
+        )
+        of_heads = torch.arange(0, num_heads * block_size, block_size, device=device)
+        of_tokens = to_device(torch.cat(slots), device)[:, None] + of_heads
+        return cls(tokens, prompts, of_tokens, Gathering.of(peaks, device), by_mass)
 
 
 @dataclass(frozen=True)
@@ -64,8 +112,8 @@ class Step:
 
     Attributes:
         num_tokens: tokens in the batch, without padding.
-        decode_tokens: int64 ``[N]``, batch index of each decoding request's token, or None where
-            the batch is those and nothing else.
+        encoding: of the ``chunks``; None where there are none.
+        decode_tokens: of the decoding requests.
         decode: None where no request decodes.
         short: int32 ``[1]``, index of a decoding request that owns too few free pages, or -1; None
             where no request decodes.
@@ -73,7 +121,13 @@ class Step:
 
     num_tokens: int
     chunks: list[PrefillChunk]
+    encoding: Encoding | None
     decode_ids: list[str]
-    decode_tokens: torch.Tensor | None
+    decode_tokens: Index
     decode: DecodeBatch | None
     short: torch.Tensor | None
+
+    def finish_profiles(self) -> None:
+        """All layers have been attended to."""
+        if self.encoding is not None and self.encoding.gathering is not None:
+            self.encoding.gathering.finish()

@@ -39,7 +39,7 @@ def _run(runtime: Runtime, goal: Goal) -> None:
     driver = Driver(runtime)
     driver.begin(name, tokens, RequestOverride(fastgen_compress="always"))
     prompt = runtime.prompt_tokens(runtime.config, tokens, RequestOverride())
-    runtime.prefills[name].profile = runtime.new_profile(prompt, goal)
+    runtime.prefills[name].profiles = [runtime.new_profile(prompt, goal)]
     n = len(tokens)
     for num_tokens in (n, 1):
         step = driver.start_step({name: num_tokens})

@@ -160,8 +160,8 @@ class GpuBench:
         runs: dict[str, Callable[[], None]] = {
             "attention": partial(state.attend, triton),
             "projections": projections(model, tokens),
-            "profiling": partial(state.profile, triton, every_query=False),
-            "profiling, every query": partial(state.profile, triton, every_query=True),
+            "profiling": partial(state.profile, triton),
+            "profiling for a ladder": partial(state.mass, triton),
         }
         figures = {name: self.clock.seconds(run, 0.5) for name, run in runs.items()}
         rest = figures["attention"] + figures["projections"]

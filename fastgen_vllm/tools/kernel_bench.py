@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,12 +18,15 @@ from fastgen_vllm.kernels import (
     HeadRules,
     HeadState,
     Kernels,
+    Look,
+    Looks,
     Pages,
     ProfiledQueries,
-    PromptKeys,
+    PromptBatch,
     cpu,
 )
-from fastgen_vllm.profiler.queries import query_runs
+from fastgen_vllm.kernels.contract import PEAK_DISTANCE
+from fastgen_vllm.profiler.queries import END_QUERIES
 from fastgen_vllm.tensors import RATIO_UNIT
 from fastgen_vllm.tools.models import ModelShape
 
@@ -184,29 +187,37 @@ class PrefillState:
 
     def __init__(self, shape: ModelShape, tokens: int, dtype: torch.dtype) -> None:
         heads, width = shape.num_kv_heads, -(-tokens // BLOCK)
-        kv = torch.empty(heads * width, BLOCK, 2 * shape.head_size, dtype=dtype).normal_()
-        table = torch.randperm(heads * width).view(heads, width)
-        self.keys, self.scale = PromptKeys(kv, table, tokens), shape.head_size**-0.5
+        self.kv = torch.empty(heads * width, BLOCK, 2 * shape.head_size, dtype=dtype).normal_()
+        blocks = [torch.randperm(width, device="cpu")]
+        device = self.kv.device
+        self.prompts = PromptBatch.of(blocks, [tokens], [tokens], heads, heads, device)
+        self.scale = shape.head_size**-0.5
         query = torch.randn(tokens, heads, shape.group_size, shape.head_size)
         self.query = query.to(dtype)
         self.output = torch.empty_like(self.query)
         self.lse = torch.zeros(tokens, heads, shape.group_size)
         windows = {64, *(int(ratio * tokens) for ratio in WINDOW_RATIOS)}
         self.bounds = torch.tensor(sorted(windows - {0}))
-        self.mass = torch.zeros(heads, 1, tokens, len(self.bounds) + 1)
+        self.received = torch.zeros(heads, 1, tokens, len(self.bounds) + 1)
+        first, count = max(0, tokens - END_QUERIES), min(END_QUERIES, tokens)
+        look = Look(0, first, count, 1, first - PEAK_DISTANCE, tokens)
+        weights = torch.zeros(count, device="cpu")
+        self.looks = Looks.of([look], [weights], 1, heads, device)
 
     def attend(self, kernels: Kernels) -> None:
-        self.lse = kernels.prefill_attention(self.query, self.keys, self.scale, self.output)
+        where = (self.kv, self.prompts, self.scale)
+        self.lse = kernels.prefill_attention(self.query, *where, self.output)
 
-    def profile(self, kernels: Kernels, every_query: bool) -> None:
-        """The profiling pass over the queries that the default weighting looks at, or over all."""
-        weighting: Literal["uniform", "recent"] = "uniform" if every_query else "recent"
-        runs, _ = query_runs(weighting, 32, 1, self.keys.num_keys)
-        for run in runs:
-            own = slice(run.first, run.end, run.step)
-            keys = PromptKeys(self.keys.kv, self.keys.page_table, run.end)
-            queries = ProfiledQueries(self.query[own], self.lse[own], run.first, run.step)
-            kernels.attention_mass(queries, keys, self.bounds, self.scale, self.mass)
+    def profile(self, kernels: Kernels) -> None:
+        """The default's profiling pass: peaks of the last queries."""
+        where = (self.kv, self.prompts, self.looks)
+        kernels.attention_peaks(self.query, self.lse, *where, 0, self.scale)
+
+    def mass(self, kernels: Kernels) -> None:
+        """That of a ladder: the mass of every query."""
+        ((_, keys),) = self.prompts.chunks(self.kv)
+        queries = ProfiledQueries(self.query, self.lse, 0, 1)
+        kernels.attention_mass(queries, keys, self.bounds, self.scale, self.received)
 
 
 @dataclass(frozen=True)
@@ -242,7 +253,7 @@ def kernel_figures(shape: ModelShape, dtype: torch.dtype, quick: bool) -> dict[s
     pairs = shape.num_heads * tokens * (tokens + 1) / 2
     passes = {
         "prefill attention": (partial(prompt.attend, cpu), 2),
-        "attention mass": (partial(prompt.profile, cpu, every_query=True), 1),
+        "attention mass": (partial(prompt.mass, cpu), 1),
     }
     for name, (run, products) in passes.items():
         seconds = clock.seconds(run)

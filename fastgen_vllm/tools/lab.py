@@ -47,21 +47,6 @@ class Variant:
         return self.config.method in EVAL_ONLY and not self.goal.keeps_everything
 
 
-class _Profiles:
-    """Several profiles of one prompt in one pass: variants that look at it alike share theirs."""
-
-    def __init__(self, profiles: dict[Any, PromptProfile]) -> None:
-        self.by_key = profiles
-
-    def first_lse(self, start: int, end: int) -> int:
-        first = (profile.first_lse(start, end) for profile in self.by_key.values())
-        return min(first, default=end - start)
-
-    def add_chunk(self, *args: Any) -> None:
-        for profile in self.by_key.values():
-            profile.add_chunk(*args)
-
-
 class Lab:
     """A model, a page pool and the variants under comparison.
 
@@ -113,13 +98,12 @@ class Lab:
         for name in list(self.driver.requests):
             self.driver.end(name)
         self.driver.begin(_BASE, tokens, RequestOverride(fastgen_compress=False))
-        profiles = _Profiles({})
+        # Variants that look at the prompt alike share a profile.
+        profiles: dict[Any, PromptProfile] = {}
         for variant in self.variants:
             if not variant.goal.keeps_everything:
-                key = self._profile_key(variant)
-                profiles.by_key.setdefault(key, self._profile(variant, tokens))
-        if profiles.by_key:
-            runtime.prefills[_BASE].profile = profiles  # type: ignore[assignment]
+                profiles.setdefault(self._profile_key(variant), self._profile(variant, tokens))
+        runtime.prefills[_BASE].profiles = list(profiles.values())
         if any(variant.needs_model for variant in self.variants):
             self._observer = Observer(self.model)
         for start in range(0, n, chunk):
@@ -127,6 +111,7 @@ class Lab:
             self._step = self.driver.start_step({_BASE: end - start})
             ids = torch.tensor(tokens[start:end])
             logits = self._forward(ids[None], torch.arange(start, end)[None])
+            self._step.finish_profiles()
         self._first = logits[:, -1].expand(len(self.variants), -1)
         if self._observer is not None:
             blocks = self.driver.requests[_BASE].table
@@ -186,8 +171,9 @@ class Lab:
         config = variant.config
         plan = config.plan_for(variant.goal)
         windows, profiling = tuple(plan.ladder.windows(8192)), plan.profiling
-        how = (profiling.weighting, profiling.window, profiling.value_weighting, profiling.peaks)
-        return (*how, config.group_reduction, config.query_sampling, windows)
+        how = (profiling.weighting, profiling.window, profiling.value_weighting)
+        peaks = (profiling.peaks, profiling.peaks and profiling.least_window)
+        return (*how, *peaks, config.group_reduction, config.query_sampling, windows)
 
     def _profile(self, variant: Variant, tokens: list[int]) -> PromptProfile:
         runtime, config = self.runtime, variant.config
@@ -203,14 +189,15 @@ class Lab:
         prompt = self.runtime.prompt_tokens(config, tokens, asked)
         return Growth(config.plan_for(goal), goal, config.compact_every, prompt)
 
-    def _choose(self, variant: Variant, tokens: list[int], profiles: _Profiles) -> Choice:
+    def _choose(
+        self, variant: Variant, tokens: list[int], profiles: dict[Any, PromptProfile]
+    ) -> Choice:
         if variant.config.goal_for(len(tokens), RequestOverride()) is None:
             growth = self._growth(variant, tokens)
             return self.runtime.everything(len(tokens), growth)
         profile = self._profile(variant, tokens)
-        gathered = profiles.by_key[self._profile_key(variant)]
-        profile.mass, profile.value_norms = gathered.mass, gathered.value_norms
-        profile.peaks, profile.observed = gathered.peaks, self.observed
+        profile.share(profiles[self._profile_key(variant)])
+        profile.observed = self.observed
         return profile.finish()
 
     @torch.inference_mode()

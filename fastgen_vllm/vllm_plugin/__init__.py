@@ -13,7 +13,7 @@ from typing import Any
 
 from fastgen_vllm.vllm_plugin.names import BACKEND_NAME, BACKEND_PATH
 
-SUPPORTED_VLLM = "0.32."
+SUPPORTED_VLLM = ("0.32.", "0.33.")
 
 
 class _BackendPath(str):
@@ -85,7 +85,7 @@ def _check_vllm_version() -> None:
             continue
         if not found.startswith(SUPPORTED_VLLM):
             raise ImportError(
-                f"fastgen-vllm supports vLLM {SUPPORTED_VLLM}x, found {distribution} {found}; "
-                f"install vllm=={SUPPORTED_VLLM}0 or uninstall fastgen-vllm"
+                f"fastgen-vllm supports vLLM {' and '.join(f'{v}x' for v in SUPPORTED_VLLM)}, "
+                f"found {distribution} {found}; install one of those or uninstall fastgen-vllm"
             )
         return

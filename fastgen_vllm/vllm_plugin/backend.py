@@ -70,6 +70,8 @@ class FastGenMetadataBuilder(AttentionMetadataBuilder[Step]):
     """Plans the step once for all layers. The worker sets the attributes."""
 
     _cudagraph_support: ClassVar = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold = 1
+    """The V1 runner puts requests that decode first, as V2 does: each part is one slice."""
 
     runner: Any
     current_batch: Callable[[], Batch | None]
@@ -97,7 +99,6 @@ class FastGenMetadataBuilder(AttentionMetadataBuilder[Step]):
             request_ids,
             query_start,
             common.seq_lens[:n],
-            common.block_table_tensor[:n],
             token_ids[: int(query_start[-1])],
             None if on_host is None else on_host[:n],
         )

@@ -260,7 +260,7 @@ class FastGenSpec(FullAttentionSpec):
         if spec.dtype not in KV_DTYPES:
             raise FastGenConfigError(
                 f"the FASTGEN attention backend does not support a KV cache of {spec.dtype}; "
-                "pass --kv-cache-dtype bfloat16"
+                "pass --kv-cache-dtype with the model's, float16 or bfloat16"
             )
         plain = type(spec) is FullAttentionSpec and spec.head_size == spec.head_size_v
         if not plain or spec.sliding_window or spec.attention_chunk_size or spec.non_causal:

@@ -88,9 +88,11 @@ class FastGenSchedulerMixin(SchedulerBase):
             }
         return output
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *limits: Any
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Those blocks of a hit that leave the tokens to compute that the profile looks at."""
-        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limits)
         self.block_manager.prompts.pop(request.request_id, None)  # of an earlier try
         prompt = self._expected(request, hit)
         if hit > prompt.cached:

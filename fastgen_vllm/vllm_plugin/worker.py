@@ -13,6 +13,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from fastgen_vllm.cache.hashed import HashedBlocks
+from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.kernels import libraries, reference
 from fastgen_vllm.policy.protect import SystemPrompts
@@ -56,13 +57,14 @@ class FastGenWorkerMixin(WorkerBase):
         Raises:
             FastGenConfigError: nothing is left.
         """
+        asked = self.cache_config.kv_cache_memory_bytes  # vLLM may set it to what it finds
         available = super().determine_available_memory()
         config, load = fastgen_config(self.vllm_config), self._load()
         captured = config.cuda_graphs
-        fixed = footprint.for_prompts(config, load) + footprint.for_attention(load, captured)
-        fixed += footprint.for_requests(load)
+        fixed = footprint.for_prompts(config, load) + footprint.for_requests(load)
+        fixed += footprint.for_attention(load, captured, self._gathers_keys(config))
         share = footprint.for_each_kv_byte(config, load)
-        kv = self.cache_config.kv_cache_memory_bytes or int((available - fixed) / (1 + share))
+        kv = asked or int((available - fixed) / (1 + share))
         beside = fixed + int(share * kv)
         if kv <= 0:
             raise FastGenConfigError(
@@ -72,6 +74,10 @@ class FastGenWorkerMixin(WorkerBase):
             )
         logger.info("FASTGEN: %s for the KV cache, up to %s beside it", _gib(kv), _gib(beside))
         return kv
+
+    def _gathers_keys(self: Any, config: FastGenConfig) -> bool:
+        """Whether prefill attention has a prompt's keys and values put in order first."""
+        return True
 
     def _load(self: Any) -> footprint.Load:
         vllm_config = self.vllm_config
@@ -107,8 +113,6 @@ class FastGenWorkerMixin(WorkerBase):
         classes = token_classes(tokenizer, vocab_size, config.extra_special_tokens)
         system_prompts = SystemPrompts.of(tokenizer)
         system_prompts.check("fastgen.protect", config.protect)
-        if kv.device.type == "cuda":
-            flash_attention.prefer()
         scheduler = self.vllm_config.scheduler_config
         self.runtime = Runtime(
             config,
@@ -123,7 +127,8 @@ class FastGenWorkerMixin(WorkerBase):
         self.hashed = HashedBlocks(self.runtime.pool)
         logger.info("FASTGEN: %s kernels on %s", self.runtime.kernels.NAME, kv.device.type)
         if kv.device.type == "cuda":
-            logger.info("FASTGEN: prefill attention from %s", libraries.choose(kv.dtype)[0])
+            library, _ = libraries.choose(kv.dtype, kv.shape[-2])
+            logger.info("FASTGEN: prefill attention from %s", library)
         if self.runtime.why_not_faster and config.kernels == "auto":
             problem = self.runtime.why_not_faster
             logger.warning("FASTGEN: the native kernels are not used, which is slower: %s", problem)
@@ -238,6 +243,11 @@ class _WithReport(AsyncModelRunnerOutput):
 
 class FastGenGPUWorker(FastGenWorkerMixin, GPUWorker):
     """vLLM's CUDA worker with FastGen."""
+
+    def _gathers_keys(self, config: FastGenConfig) -> bool:
+        (dtype, *_) = {spec.dtype for spec in self.model_runner.get_kv_cache_spec().values()}
+        flash_attention.prefer()
+        return not flash_attention.serves(dtype, config.block_size)
 
     def compile_or_warm_up_model(self) -> Any:
         warm_up(self.runtime)

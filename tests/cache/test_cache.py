@@ -161,10 +161,7 @@ def test_full_heads_keep_every_page() -> None:
     runtime = Runtime(config, torch.zeros(VOCAB, dtype=torch.uint8), kv, GROUP)
     runtime.begin_prefill("a", list(range(17)), RequestOverride())
     runtime.grant({"a": [5, 3, 9]})
-    table = torch.tensor([[5, 3, 9]])
-    step = runtime.start_step(
-        ["a"], torch.tensor([0, 17]), torch.tensor([17]), table, torch.arange(17)
-    )
+    step = runtime.start_step(["a"], torch.tensor([0, 17]), torch.tensor([17]), torch.arange(17))
     for layer in range(LAYERS):
         query = torch.randn(17, HEADS * GROUP, SIZE)
         content = torch.randn(2, 17, HEADS, SIZE)

@@ -14,8 +14,11 @@ from fastgen_vllm.kernels import (
     HeadRules,
     HeadState,
     Kernels,
+    Look,
+    Looks,
     Pages,
     ProfiledQueries,
+    PromptBatch,
     PromptKeys,
     reference,
 )
@@ -23,6 +26,9 @@ from fastgen_vllm.kernels import (
 GROUPS = (1, 3, 4, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALE = 0.3
+LAYERS, HEADS = 2, 2
+PAGES_PER_BLOCK = LAYERS * HEADS
+NAN = float("nan")
 PROMPTS = [(1, 1), (16, 16), (17, 17), (5, 33), (1, 48), (64, 64), (65, 130), (70, 257)]
 """Queries of the chunk, and keys."""
 DECODE_LENGTHS = [[1, 16], [17, 40], [32, 33], [1500, 63]]
@@ -36,12 +42,13 @@ def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> N
 
 @dataclass
 class Prompt:
-    """``m`` keys in scattered pages, ``c`` queries at their end."""
+    """``m`` keys in scattered blocks of the second of two layers, ``c`` queries at their end."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    keys: PromptKeys
+    kv: torch.Tensor
+    blocks: torch.Tensor
 
     @classmethod
     def random(
@@ -54,18 +61,45 @@ class Prompt:
         dtype: torch.dtype,
         block_size: int = 16,
     ) -> Prompt:
-        heads, width = 2, -(-m // block_size)
-        # As in a model: q, k and v are views of one projection.
-        qkv = torch.randn(m, heads * (group + 2), head_size, dtype=dtype)
-        query, key, value = qkv.split([heads * group, heads, heads], dim=1)
-        pages = torch.full((heads * width + 3, block_size, 2 * head_size), float("nan"))
-        page_table = torch.randperm(len(pages))[: heads * width].view(heads, width)
-        positions = torch.arange(m)
-        slots = page_table[:, positions // block_size] * block_size + positions % block_size
-        pages = pages.to(dtype)
-        kernels.write_kv(key, value, pages, slots.T.contiguous())
-        keys = PromptKeys(pages, page_table, m)
-        return cls(query[m - c :].unflatten(1, (heads, group)), key, value, keys)
+        return cls.several(kernels, [(c, m)], group, head_size, dtype, block_size)[0]
+
+    @classmethod
+    def several(
+        cls,
+        kernels: Kernels,
+        sizes: list[tuple[int, int]],
+        group: int,
+        head_size: int,
+        dtype: torch.dtype,
+        block_size: int = 16,
+    ) -> list[Prompt]:
+        """In one pool."""
+        widths = [-(-m // block_size) for _, m in sizes]
+        pages = torch.full((PAGES_PER_BLOCK * (sum(widths) + 2), block_size, 2 * head_size), NAN)
+        kv, free = pages.to(dtype)[HEADS:], torch.randperm(sum(widths) + 2, device="cpu")
+        prompts = []
+        for (c, m), width in zip(sizes, widths, strict=True):
+            blocks, free = free[:width], free[width:]
+            # As in a model: q, k and v are views of one projection.
+            qkv = torch.randn(m, HEADS * (group + 2), head_size, dtype=dtype)
+            query, key, value = qkv.split([HEADS * group, HEADS, HEADS], dim=1)
+            page_table = blocks.to(kv.device) * PAGES_PER_BLOCK + torch.arange(HEADS)[:, None]
+            positions = torch.arange(m)
+            slots = page_table[:, positions // block_size] * block_size + positions % block_size
+            kernels.write_kv(key, value, kv, slots.T.contiguous())
+            query = query[m - c :].unflatten(1, (HEADS, group))
+            prompts.append(cls(query, key, value, kv, blocks))
+        return prompts
+
+    @property
+    def keys(self) -> PromptKeys:
+        ((_, keys),) = batch_of([self]).chunks(self.kv)
+        return keys
+
+    def attend(self, kernels: Kernels, output: torch.Tensor, first_lse: int = 0) -> torch.Tensor:
+        """The log-sum-exps."""
+        prompts = batch_of([self], [first_lse])
+        return kernels.prefill_attention(self.query, self.kv, prompts, SCALE, output)
 
     def probs(self) -> torch.Tensor:
         """``[H, G, c, m]`` in float64, by explicit loops over heads."""
@@ -80,6 +114,18 @@ class Prompt:
         return probs
 
 
+def batch_of(prompts: list[Prompt], first_lse: list[int] | None = None) -> PromptBatch:
+    return PromptBatch.of(
+        [prompt.blocks for prompt in prompts],
+        [len(prompt.query) for prompt in prompts],
+        [len(prompt.key) for prompt in prompts],
+        HEADS,
+        PAGES_PER_BLOCK,
+        prompts[0].kv.device,
+        first_lse,
+    )
+
+
 def prefill_and_mass(
     kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed: int = 0
 ) -> None:
@@ -87,7 +133,7 @@ def prefill_and_mass(
     prompt = Prompt.random(kernels, c, m, group, 64, dtype)
     probs = prompt.probs()
     output = torch.full_like(prompt.query, float("nan"))
-    lse = kernels.prefill_attention(prompt.query, prompt.keys, SCALE, output)
+    lse = prompt.attend(kernels, output)
     close(output, torch.einsum("hgqk,khd->qhgd", probs, prompt.value.double()), dtype)
 
     bounds = torch.tensor([1, 4, 20, 100])
@@ -111,55 +157,71 @@ def prefill_and_mass(
 def last_lse(
     kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed: int = 0
 ) -> None:
-    """The log-sum-exps of a chunk's last queries, of one and of none."""
+    """The log-sum-exps of a chunk's last queries, of one and of none, beside another prompt's."""
     torch.manual_seed(seed)
-    prompt = Prompt.random(kernels, c, m, group, 64, dtype)
+    prompts = Prompt.several(kernels, [(c, m), (70, 70)], group, 64, dtype)
+    prompt, every = prompts[0], torch.cat([each.query for each in prompts])
     query, key = prompt.query.double(), prompt.key.double()
     scores = torch.einsum("qhgd,khd->qhgk", query, key) * SCALE
     causal = torch.ones(c, m).tril(m - c).bool()[:, None, None]
     wanted = scores.masked_fill(~causal, float("-inf")).logsumexp(-1)
     attended = torch.einsum("hgqk,khd->qhgd", prompt.probs(), prompt.value.double())
     for first in (c - c // 3, c - 1, c):
-        output = torch.full_like(prompt.query, float("nan"))
-        lse = kernels.prefill_attention(prompt.query, prompt.keys, SCALE, output, first)
-        close(output, attended, dtype)
-        close(lse, wanted[first:], dtype)
+        output = torch.full_like(every, float("nan"))
+        batch = batch_of(prompts, [first, 69])
+        lse = kernels.prefill_attention(every, prompt.kv, batch, SCALE, output)
+        close(output[:c], attended, dtype)
+        close(lse[first:c], wanted[first:], dtype)
+        alone = prompts[1].attend(kernels, torch.empty_like(prompts[1].query), 69)
+        close(lse[-1], alone[-1].double(), dtype)
 
 
 def peaks(kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed: int = 0) -> None:
-    """The most of any query and the sum, every one or every third, beside what was there; and of
-    queries that stand further back, before the first key even."""
+    """Several prompts at once, one of them looked at by two profiles, and one by none. Every query
+    or every third is looked at, and counts less the earlier it is; some stand further back, before
+    the first key even."""
     torch.manual_seed(seed)
-    prompt = Prompt.random(kernels, c, m, group, 64, dtype)
-    probs = prompt.probs()
-    lse = kernels.prefill_attention(
-        prompt.query, prompt.keys, SCALE, torch.empty_like(prompt.query)
-    )
-    for step in (1, 3):
-        skip = (c - 1) % step
-        chosen = slice(skip, None, step)
-        before = 0.1 * torch.rand(2, 2, m + 5)
-        found, sums = before.clone()
-        queries = ProfiledQueries(prompt.query[chosen], lse[chosen], m - c + skip, step)
-        kernels.attention_peaks(queries, prompt.keys, SCALE, found, sums)
-        wanted = torch.maximum(probs[:, :, chosen].amax((1, 2)), before[0, :, :m].double())
-        close(found[:, :m], wanted, dtype)
-        close(sums[:, :m], probs[:, :, chosen].sum((1, 2)) + before[1, :, :m].double(), dtype)
-        assert torch.equal(torch.stack([found, sums])[..., m:], before[..., m:])
-    back = 1 + c // 2
-    queries = ProfiledQueries(prompt.query, lse, m - c - back, 1)
-    found, sums = torch.zeros(2, 2, m)
-    kernels.attention_peaks(queries, prompt.keys, SCALE, found, sums)
-    far = torch.arange(m - c, m)[:, None] - torch.arange(m) >= back
-    close(found, (probs * far).amax((1, 2)), dtype)
-    close(sums, (probs * far).sum((1, 2)), dtype)
+    sizes = [(c, m), (2, 40), (17, 17)]
+    prompts = Prompt.several(kernels, sizes, group, 64, dtype)
+    batch, query = batch_of(prompts), torch.cat([prompt.query for prompt in prompts])
+    output = torch.full_like(query, float("nan"))
+    lse = kernels.prefill_attention(query, prompts[0].kv, batch, SCALE, output)
+    probs, skip, back = [prompt.probs() for prompt in prompts], (c - 1) % 3, 1 + c // 2
+    attended = [
+        torch.einsum("hgqk,khd->qhgd", p, prompt.value.double())
+        for p, prompt in zip(probs, prompts, strict=True)
+    ]
+    close(output, torch.cat(attended), dtype)
+    each = [
+        Look(0, 0, c, 1, m - c, m),
+        Look(0, skip, (c + 2) // 3, 3, m - c + skip, m),
+        Look(0, 0, c, 1, m - c - back, m),
+        Look(2, c + 2, 17, 1, 0, 17),
+    ]
+    counts = [torch.linspace(0.1, 1.0, look.queries, device="cpu") for look in each]
+    device = query.device
+    looks = Looks.of(each, [count.log() for count in counts], LAYERS, HEADS, device)
+    looks.all_found.fill_(float("nan"))
+    if kernels.NAME == "Triton":  # flash attention lays them out so
+        lse = lse.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    kernels.attention_peaks(query, lse, prompts[0].kv, batch, looks, 1, SCALE)
+    for look, count, found in zip(each, counts, looks.found, strict=True):
+        own = probs[look.prompt][:, :, look.first - [0, c, c + 2][look.prompt] :: look.step]
+        stood = look.position + look.step * torch.arange(look.queries)
+        seen = own * (stood[:, None] >= torch.arange(look.num_keys))
+        seen = seen * count.to(device)[:, None]
+        close(found[0, 1], seen.amax((1, 2)), dtype)
+        close(found[1, 1], seen.sum((1, 2)), dtype)
+        norms = prompts[look.prompt].value.double().norm(dim=-1).T
+        torch.testing.assert_close(found[2, 1].double(), norms, rtol=1e-5, atol=1e-5)
+        assert found[:, 0].isnan().all(), "of another layer"
 
 
 def value_norms(kernels: Kernels, m: int, block_size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(m)
     prompt = Prompt.random(kernels, 1, m, 1, 64, dtype, block_size)
     wanted = prompt.value.double().norm(dim=-1).T
-    torch.testing.assert_close(kernels.value_norms(prompt.keys).double(), wanted)
+    torch.testing.assert_close(kernels.value_norms(prompt.keys), wanted.float())
 
 
 def head_and_block_size(
@@ -168,7 +230,7 @@ def head_and_block_size(
     torch.manual_seed(seed)
     prompt = Prompt.random(kernels, 9, 77, 2, head_size, dtype, block_size)
     output = torch.empty_like(prompt.query)
-    kernels.prefill_attention(prompt.query, prompt.keys, SCALE, output)
+    prompt.attend(kernels, output)
     expected = torch.einsum("hgqk,khd->qhgd", prompt.probs(), prompt.value.double())
     close(output, expected, dtype)
     decode(kernels, [[1, 8], [9, 300]], 2, head_size, block_size, dtype, seed)

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 
 from fastgen_vllm.config import FastGenConfig
-from fastgen_vllm.kernels import Kernels, PromptKeys, reference
+from fastgen_vllm.kernels import Kernels, PromptBatch, reference
 from fastgen_vllm.policy.choice import Goal
 from fastgen_vllm.policy.hybrids import Hybrid
-from fastgen_vllm.profiler.profile import ModelHeads, PromptChunk, PromptProfile, PromptTokens
+from fastgen_vllm.profiler.profile import (
+    Gathering,
+    ModelHeads,
+    PromptChunk,
+    PromptProfile,
+    PromptTokens,
+)
 
 LADDER = [
     {"special": True},
@@ -53,16 +59,20 @@ class Prompt:
         classes = (torch.rand(n) < 0.1).to(torch.uint8) + 2 * (torch.rand(n) < 0.1).to(torch.uint8)
         plan, heads = config.plan_for(goal), ModelHeads(1, 2, group)
         profile = PromptProfile(config, plan, heads, PromptTokens(classes, 0, SYSTEM), PAGE, goal)
-        page_table = torch.arange(2)[:, None]
-        pages = torch.cat([key, value], dim=-1).transpose(0, 1).contiguous()
+        pages, cpu = torch.cat([key, value], dim=-1).transpose(0, 1).contiguous(), key.device
         for start in range(cached, n, chunk):
             end = min(start + chunk, n)
             part = query[start:end]
             output = torch.empty_like(part)
-            keys = PromptKeys(pages, page_table, end)
-            lse = reference.prefill_attention(part, keys, 0.5, output)
-            chunk_of_layer = PromptChunk(part, keys, lse, 0.5)
-            profile.add_chunk(kernels, 0, chunk_of_layer)
+            batch = PromptBatch.of([torch.tensor([0])], [end - start], [end], 2, 2, cpu)
+            lse = reference.prefill_attention(part, pages, batch, 0.5, output)
+            gathering = Gathering.of([(0, 0, start, end, profile)], cpu)
+            if not profile.profiling.peaks:
+                ((_, keys),) = batch.chunks(pages)
+                profile.add_chunk(kernels, 0, PromptChunk(part, keys, lse, 0.5))
+            elif gathering is not None:
+                kernels.attention_peaks(part, lse, pages, batch, gathering.looks, 0, 0.5)
+                gathering.finish()
         scores = torch.einsum("qhgd,khd->hgqk", query, key) * 0.5
         causal = torch.ones(n, n).tril().bool()
         return cls(profile, scores.masked_fill(~causal, float("-inf")).softmax(-1), value)

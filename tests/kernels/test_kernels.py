@@ -50,7 +50,7 @@ def test_last_log_sum_exps(
     """Of the kernels' own attention, and where a library attends in their place."""
     cases.last_lse(kernels, group, c, m, dtype)
     if kernels is cpu:
-        attend = lambda *inputs: libraries.sdpa(*inputs)[0]  # noqa: E731
+        attend = lambda *inputs: libraries.sdpa_of(*inputs)[0]  # noqa: E731
         monkeypatch.setitem(libraries.on_cpu, (dtype, 64), attend)
         cases.last_lse(kernels, group, c, m, dtype)
         cases.prefill_and_mass(kernels, group, c, m, dtype)

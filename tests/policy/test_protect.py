@@ -174,6 +174,8 @@ def test_recovery_is_what_the_last_queries_see(n: int) -> None:
         ({"fastgen_protect": [5, 3]}, "a list of ranges"),
         ({"fastgen_protect": [-1, 3]}, "a list of ranges"),
         ({"fastgen_protect": [0, 2.5]}, "a list of ranges"),
+        ({"fastgen_protect": [0, "b"]}, "a list of ranges"),
+        ({"fastgen_protect": [None, {}]}, "a list of ranges"),
         ({"fastgen_protect": []}, "a list of ranges"),
         ({"fastgen_protect": 7}, "a list of ranges"),
         ({"fastgen_min_recovery": 1.5}, r"fastgen_min_recovery: got 1\.5"),

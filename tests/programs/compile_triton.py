@@ -15,7 +15,7 @@ from helpers.kernel_cases import Tables
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastgen_vllm.kernels import DecodeBatch, Pages, ProfiledQueries, PromptKeys
+from fastgen_vllm.kernels import DecodeBatch, Look, Looks, Pages, ProfiledQueries, PromptBatch
 from fastgen_vllm.kernels import triton as ops
 
 
@@ -63,13 +63,15 @@ def every_operation(group: int, head_size: int, dtype: torch.dtype) -> None:
     query = torch.zeros(n, heads, group, head_size, dtype=dtype)
     ops.decode_attention(query, pages, tables.heads, batch, 0, 1.0, torch.zeros_like(query))
     table = torch.zeros(2, heads, 7, dtype=torch.int64)
-    keys, lse = PromptKeys(kv, table[0], 100), torch.zeros(n, heads, group)
+    prompts = PromptBatch.of([torch.arange(7)], [n], [100], heads, heads, kv.device)
+    ((_, keys),) = prompts.chunks(kv)
+    lse = torch.zeros(n, heads, group)
     for groups in {1, group}:
         mass = torch.zeros(heads, groups, 100, 5)
         bounds = torch.tensor([1, 4, 20, 100])
         ops.attention_mass(ProfiledQueries(query, lse, 90, 3), keys, bounds, 1.0, mass)
-    peaks, sums = torch.zeros(2, heads, 100)
-    ops.attention_peaks(ProfiledQueries(query, lse, 90, 3), keys, 1.0, peaks, sums)
+    looks = Looks.of([Look(0, 0, n, 1, 65, 100)], [torch.zeros(n)], 2, heads, kv.device)
+    ops.attention_peaks(query, lse, kv, prompts, looks, 0, 1.0)
     ops.pack_slots(pages, table, torch.ones(2, heads, 100, dtype=torch.bool), table)
     ops.move_pages(pages, torch.arange(4), torch.arange(4) + 4)
 

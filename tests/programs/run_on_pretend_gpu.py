@@ -1,6 +1,7 @@
 """A program: a small engine with FastGen on vLLM's CUDA platform and worker, with the pretend
 device for a GPU, and the model runner that is named, ``v1`` or ``v2``, with captured decode steps
-where ``graphs`` follows; or, given ``cpu``, on vLLM's CPU worker. Prints a line of JSON.
+where ``graphs`` follows, in bfloat16 where that does; or, given ``cpu``, on vLLM's CPU worker.
+Prints a line of JSON.
 
 What is vLLM's runs as on a GPU but for three things: the model's own operations are PyTorch's, its
 weights are loaded on the CPU and then moved, and streams and events do nothing.
@@ -13,44 +14,51 @@ import functools
 import json
 import os
 import sys
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from helpers import pretend_device
 
-from fastgen_vllm.kernels import libraries
+from fastgen_vllm.kernels import PromptBatch, libraries
 
 MEMORY = 1 << 30
-SETTINGS = {"min_prompt_tokens": 32, "block_size": 8, "debug": True}
+SETTINGS = {"min_prompt_tokens": 32, "debug": True}
 DEVICE = torch.device("cuda", 0)
 
 
 def generate(model: str) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, __version__
 
+    in_16_bits = "bfloat16" in sys.argv
+    settings = {**SETTINGS, "cuda_graphs": "graphs" in sys.argv}
+    settings["block_size"] = 16 if in_16_bits else 8
     llm = LLM(
         model,
         attention_backend="fastgen",
-        dtype="float32",
+        dtype="bfloat16" if in_16_bits else "float32",
         max_model_len=512,
         max_num_batched_tokens=256,
         max_num_seqs=4,
         compilation_config={"mode": 0, "custom_ops": ["none"]},
-        additional_config={"fastgen": {**SETTINGS, "cuda_graphs": "graphs" in sys.argv}},
+        additional_config={"fastgen": settings},
         **({"kv_cache_memory_bytes": MEMORY // 2} if sys.argv[2] == "cpu" else {}),
     )
     prompts = [{"prompt_token_ids": [i * i % 40_009 for i in range(n)]} for n in (90, 33, 300)]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=18))
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    pool = worker.runtime.pool
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "kept": [output.kv_transfer_params["fastgen"]["kv_kept_ratio"] for output in outputs],
+        "vllm": __version__,
         "worker": type(worker).__name__,
         "runner": type(worker.model_runner).__module__,
         "kernels": worker.runtime.kernels.NAME,
         "report_lag": worker.runtime.report_lag,
-        "block_size": worker.runtime.pool.block_size,
+        "block_size": pool.block_size,
+        "prefill": libraries.choose(pool.kv.dtype, pool.block_size)[0],
     }
 
 
@@ -61,11 +69,9 @@ def on_pretend_gpu(model: str) -> dict[str, Any]:
         pretend_cuda_build(mode)
         load_on_cpu_then_move()
         figures = generate(model)
-        library, attend = libraries.choose(torch.bfloat16)
         return {
             **figures,
-            "prefill": library,
-            "prefill_differs": differs(attend),
+            "prefill_differs": differs(libraries.choose(torch.bfloat16, 16)[1]),
             "memory": mode.peak / MEMORY,
             "replays": pretend_device.PretendGraph.replays,
             "has_cpu_worker": "vllm.v1.worker.cpu_worker" in sys.modules,
@@ -144,7 +150,9 @@ def pretend_cuda_build(mode: pretend_device.PretendDevice) -> None:
         if name.startswith("cutlass") and "supports" in name:
             setattr(_custom_ops, name, lambda *args: False)
     # The interpreter does not take vLLM's kernel.
-    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+    topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_: (
+        topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p)
+    )
 
 
 def pretend_platform() -> Any:
@@ -172,23 +180,36 @@ def pretend_platform() -> Any:
 
 
 def flash_attention_3(*args: Any) -> tuple[Any, ...]:
-    """Causal attention of one sequence, whose mask ends at the last key; as vLLM calls it."""
-    query, key, value, query_ends, key_ends = (args[i] for i in (0, 1, 2, 7, 8))
-    assert query_ends.tolist() == [0, args[12]] and key_ends.tolist() == [0, args[13]]
+    """Causal attention of prompts whose keys lie in blocks, as vLLM calls it."""
+    query, key, value, output, starts = (args[i] for i in (0, 1, 2, 6, 7))
+    used, longest_query, longest, table = (args[i] for i in (11, 12, 13, 14))
     scale, causal = args[23:25]
-    assert causal is True
-    groups = query.shape[1] // key.shape[1]
-    output, lse = libraries.sdpa(query.unflatten(1, (-1, groups)), key, value, scale)
-    return output.flatten(1, 2), lse.flatten(1).T.contiguous(), None, None
+    assert causal is True and args[8] is None
+    for numbers in (starts, used, table):
+        assert numbers.dtype == torch.int32 and numbers.is_contiguous()
+    ends, lse = starts.tolist(), []
+    assert longest_query == max(b - a for a, b in pairwise(ends)) and longest == max(used.tolist())
+    for (start, end), m, blocks in zip(pairwise(ends), used.tolist(), table, strict=True):
+        own = query[start:end].unflatten(1, (key.shape[2], -1))
+        k, v = (x[blocks.long()].flatten(0, 1)[:m] for x in (key, value))
+        attended, own_lse = libraries.sdpa_of(own, k, v, scale)
+        output[start:end] = attended.flatten(1, 2)
+        lse.append(own_lse.flatten(1).T)
+    return output, torch.cat(lse, 1).contiguous(), None, None
 
 
 def differs(attend: libraries.Attend) -> float:
-    """By how much from PyTorch's attention, for a chunk of a prompt."""
-    shapes, generator = ((5, 2, 3, 64), (40, 2, 64), (40, 2, 64)), torch.Generator().manual_seed(0)
-    inputs = [torch.randn(s, generator=generator).bfloat16().to(DEVICE) for s in shapes]
-    query, key, value = inputs
-    ours, theirs = attend(query, key, value, 0.1), libraries.sdpa(query, key, value, 0.1)
-    both = zip(ours, theirs, strict=True)
+    """By how much from PyTorch's attention, for chunks of two prompts in the second layer."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(s, generator=generator) for s in ((12, 2, 3, 64), (40, 16, 128))]
+    query, kv = (x.bfloat16().to(DEVICE) for x in made)
+    prompts = PromptBatch.of(
+        [torch.tensor([3, 2, 1]), torch.tensor([0])], [5, 7], [40, 7], 2, 4, DEVICE
+    )
+    tries = (attend, libraries.sdpa)
+    outputs = torch.empty_like(query), torch.empty_like(query)
+    ours, theirs = (f(query, kv[2:], prompts, 0.1, o) for f, o in zip(tries, outputs, strict=True))
+    both = ((ours, theirs), outputs)
     return max(float((x.float() - y.float()).abs().max()) for x, y in both)
 
 

@@ -25,7 +25,7 @@ def use_runner(version: str) -> None:
 
 
 def generate(model: str) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, __version__
 
     llm = LLM(
         model,
@@ -60,6 +60,7 @@ def generate(model: str) -> dict[str, Any]:
     worker = engine.engine_core.engine_core.model_executor.driver_worker.worker
     (preempted,) = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
     return {
+        "vllm": __version__,
         "runner": type(worker.model_runner).__module__,
         "tokens": {name: list(o.outputs[0].token_ids) for name, o in sorted(outputs.items())},
         "told": {name: o.kv_transfer_params["fastgen"] for name, o in sorted(outputs.items())},

@@ -59,9 +59,12 @@ def test_prompts(
             profile = runtime.prefills[name].profile
             assert profile is not None
             for num_keys in chunks:
-                profile.make_room(num_keys)
+                if profile.profiling.peaks:
+                    found = torch.rand(3, LAYERS, HEADS, num_keys).to(DEVICE)
+                    profile.add_found(found)
+                else:
+                    profile.make_room(num_keys)
             profile.mass.copy_(torch.rand(profile.mass.shape))
-            profile.peaks.copy_(torch.rand(profile.peaks.shape))
         driver.finish_step(driver.start_step({"ending": TOKENS}))
         taken = mode.peak - kv_bytes
         assert mode.in_use < mode.peak
@@ -73,8 +76,11 @@ def test_prompts(
 
 class VllmWorker:
     available: int
+    cache_config: Any
 
     def determine_available_memory(self) -> int:
+        # vLLM does so where it plans its next start (VLLM_ENABLE_STARTUP_PLAN).
+        self.cache_config.kv_cache_memory_bytes = self.available
         return self.available
 
 
@@ -84,7 +90,7 @@ class Worker(FastGenWorkerMixin, VllmWorker):
     def __init__(self, available: int, kv_bytes: int | None) -> None:
         spec = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
         self.available = available
-        self.cache_config: Any = SimpleNamespace(
+        self.cache_config = SimpleNamespace(
             kv_cache_memory_bytes=kv_bytes, enable_prefix_caching=True
         )
         self.model_runner = SimpleNamespace(

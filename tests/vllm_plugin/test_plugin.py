@@ -44,11 +44,12 @@ def test_backend_is_chosen_with_no_other_flag(model: str) -> None:
 
 
 def test_stock_is_untouched(model: str) -> None:
-    config = config_of(model, attention_backend=None)
+    settings = {"fastgen": {"block_size": 32}}
+    config = config_of(model, attention_backend=None, additional_config=settings)
     assert config.scheduler_config.scheduler_cls is None
     assert "fastgen" not in config.parallel_config.worker_cls.lower()
     assert config.cache_config.enable_prefix_caching is True
-    assert config.cache_config.block_size == 128
+    assert config.cache_config.block_size != 32
 
 
 def test_registering_twice_is_harmless() -> None:
@@ -156,7 +157,7 @@ def test_layers_refused(layer: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dtype": torch.float8_e4m3fn}, "--kv-cache-dtype bfloat16"),
+        ({"dtype": torch.float8_e4m3fn}, "--kv-cache-dtype with the model's"),
         ({"head_size_v": 32}, "choose another --attention-backend"),
         ({"sliding_window": 64}, "choose another --attention-backend"),
     ],
@@ -188,6 +189,7 @@ def test_layers_that_differ_are_refused(field: str) -> None:
             additional_config={}, scheduler_config=None, model_config=None
         )
         model_runner = SimpleNamespace(get_kv_cache_spec=lambda: dict(enumerate(specs)))
+        cache_config = SimpleNamespace(kv_cache_memory_bytes=None)
 
         def determine_available_memory(self) -> int:
             return 1 << 30

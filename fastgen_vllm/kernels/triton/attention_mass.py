@@ -18,6 +18,8 @@ from fastgen_vllm.kernels.triton.common import INTERPRETED, LOG2_E, product
         "first_position",
         "position_step",
         "stride_th",
+        "stride_sh",
+        "stride_sg",
         "stride_mh",
         "stride_mg",
         "stride_mk",
