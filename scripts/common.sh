@@ -1,19 +1,30 @@
 # Versions and helpers of the set-up scripts; sourced from the repository's root.
 
-VLLM_VERSION=0.32.0
-TORCH_VERSION=2.13.0
-TRITON_VERSION=3.7.1 # what this torch asks for where it has CUDA
 MODEL_VERSION=0.1.2
 MODEL_DIR=.cache/smollm2-135m-instruct
 
 # cpu or cuda: FASTGEN_DEVICE, or what this machine has.
 detect_device() {
   if [ -n "${FASTGEN_DEVICE:-}" ]; then
+    if [[ ! $FASTGEN_DEVICE =~ ^(cpu|cuda)$ ]]; then
+      echo "FASTGEN_DEVICE is '$FASTGEN_DEVICE'; use cpu or cuda" >&2
+      return 1
+    fi
     echo "$FASTGEN_DEVICE"
   elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
     echo cuda
   else
     echo cpu
+  fi
+}
+
+# VLLM_VERSION and TORCH_VERSION for device $1, and on a CPU the TRITON_VERSION that this torch asks
+# for where it has CUDA. vLLM's CPU build stops at 0.32.
+set_versions() {
+  if [ "$1" = cuda ]; then
+    VLLM_VERSION=0.33.0 TORCH_VERSION=2.14.0
+  else
+    VLLM_VERSION=0.32.0 TORCH_VERSION=2.13.0 TRITON_VERSION=3.7.1
   fi
 }
 

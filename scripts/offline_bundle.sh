@@ -28,6 +28,7 @@ TEXT_ONLY=(torchaudio torchcodec opencv-python-headless pynvvideocodec
   humming-kernels tilelang z3-solver tokenspeed-mla tokenspeed-triton instanttensor)
 device=$(detect_device) part_size=64 model=$MODEL_DIR without=() out=
 while [ $# -gt 0 ]; do
+  [[ ! $1 =~ ^--(device|part-size|model|without)$ ]] || [ $# -gt 1 ] || refuse "$1 needs a value"
   case $1 in
     --device) device=$2 && shift ;;
     --part-size) part_size=$2 && shift ;;
@@ -42,9 +43,10 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$out" ] || { usage >&2 && exit 2; }
 [[ $device =~ ^(cpu|cuda)$ ]] || refuse "--device $device, use cpu or cuda"
-[[ $part_size =~ ^[1-9][0-9]*$ ]] || refuse "--part-size $part_size, use MiB"
+[[ $part_size =~ ^[1-9][0-9]{0,5}$ ]] || refuse "--part-size $part_size, use MiB"
 [ "$model" = none ] || [ -f "$model/config.json" ] ||
   refuse "no model in $model; run scripts/setup.sh, name one with --model, or pass --model none"
+set_versions "$device"
 mkdir -p "$out"
 [ -z "$(ls -A "$out")" ] || refuse "$out is not empty"
 
@@ -93,7 +95,7 @@ until gather; do
 done
 
 mkdir "$root/source"
-excluded=(./.git ./.venv ./.cache './.*_cache' ./.hypothesis ./build ./out '*.so' __pycache__
+excluded=(./.git ./.venv ./.kvpress ./.carry ./.cache './.*_cache' ./.hypothesis ./build ./out '*.so' __pycache__
   "./$(realpath --relative-to=. "$out")")
 tar -c "${excluded[@]/#/--exclude=}" . | tar -x -C "$root/source"
 [ "$model" = none ] || cp -rL "$model" "$root/model"

@@ -9,7 +9,8 @@ fail() {
   exit 1
 }
 [ $# = 1 ] || fail "usage: bash offline_install.sh TARGET"
-target=$1 python=${PYTHON:-python3}
+target=$(realpath -m "$1") python=$(command -v "${PYTHON:-python3}") || fail "no ${PYTHON:-python3}"
+python=$(realpath -s "$python")
 [ ! -e "$target" ] || fail "$target exists; name a new directory"
 [ -f "$here/SHA256SUMS" ] || fail "no SHA256SUMS beside this script: is it in the bundle's directory?"
 echo "offline_install: checking the parts"

@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 . scripts/common.sh
 
 device=$(detect_device)
+set_versions "$device"
 stamp=.venv/.fastgen-setup
 wanted=$(setup_stamp "$device")
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
