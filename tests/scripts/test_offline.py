@@ -74,7 +74,7 @@ def test_bundle_installs_without_network(tmp_path: Path) -> None:
     assert len(parts) > 3
     assert {part.stat().st_size for part in parts[:-1]} == {100 << 20}
 
-    install = ["bash", str(bundle / "offline_install.sh"), str(target)]
+    install = ["bash", str(bundle / "offline_install.sh"), target.name]
     isolated = run([*NO_NETWORK, "true"]).returncode == 0
     if not isolated:  # no user namespaces here: pip and uv are at least told not to look
         print("network not cut off: unshare is not permitted")
@@ -84,7 +84,7 @@ def test_bundle_installs_without_network(tmp_path: Path) -> None:
         damaged = part.read(1)
         part.seek(5000)
         part.write(bytes([damaged[0] ^ 1]))
-    refused = run(install)
+    refused = run(install, cwd=target.parent)
     assert refused.returncode == 1 and "damaged" in refused.stderr
     assert parts[1].name in refused.stderr + refused.stdout
     assert not target.exists()
@@ -92,7 +92,9 @@ def test_bundle_installs_without_network(tmp_path: Path) -> None:
         part.seek(5000)
         part.write(damaged)
 
-    installed = run(install, PIP_FIND_LINKS="", CXX=quick_compiler(tmp_path / "quick-g++"))
+    installed = run(
+        install, target.parent, PIP_FIND_LINKS="", CXX=quick_compiler(tmp_path / "quick-g++")
+    )
     assert installed.returncode == 0, installed.stderr[-3000:]
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins();"
