@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fastgen_vllm.config import FastGenConfig
+from fastgen_vllm.policy.methods import EVAL_ONLY
 from fastgen_vllm.tools.eval.material import Item
 from fastgen_vllm.tools.eval.measure import run
 from fastgen_vllm.tools.eval.report import standard_error
@@ -77,15 +78,7 @@ def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
         if not line.strip():
             continue
         try:
-            job = json.loads(line)
-            if "messages" in job:
-                chat = {"add_generation_prompt": True, "return_dict": False}
-                chat["tools"] = job.get("tools")
-                tokens = tokenizer.apply_chat_template(job["messages"], **chat)
-            else:
-                tokens = tokenizer.encode(job["prompt"])
-            if not tokens:
-                raise ValueError("the prompt is empty")
+            tokens = _tokens(json.loads(line), tokenizer)
         except Exception as error:  # a chat template raises what it likes
             raise InputError(
                 f"{path}, line {number}: {type(error).__name__}: {error}. Every line is a JSON "
@@ -94,6 +87,24 @@ def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
             ) from None
         prompts.append(tokens)
     return prompts
+
+
+def _tokens(job: Any, tokenizer: Any) -> list[int]:
+    if not isinstance(job, dict):
+        raise ValueError("it is no object")
+    messages, prompt = job.get("messages"), job.get("prompt")
+    if messages is not None:
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise ValueError("its messages are no list of objects")
+        chat = {"add_generation_prompt": True, "return_dict": False, "tools": job.get("tools")}
+        tokens = tokenizer.apply_chat_template(messages, **chat)
+    elif isinstance(prompt, str):
+        tokens = tokenizer.encode(prompt)
+    else:
+        raise ValueError("it has no prompt that is a string, and no messages")
+    if not tokens:
+        raise ValueError("the prompt is empty")
+    return tokens
 
 
 def advise(
@@ -111,11 +122,17 @@ def advise(
     """
     if not {"kv_budget", "recovery"}.isdisjoint(settings):
         raise InputError("--settings names a goal. Name budgets by --budget, and leave it out.")
+    named = {"full": 1.0, **{f"{budget:g}": budget for budget in sorted(budgets)}}
     compared = [
         Variant(name, FastGenConfig.from_dict({**settings, "kv_budget": budget}))
-        for name, budget in (("full", 1.0), *((f"{b:g}", b) for b in sorted(set(budgets))))
+        for name, budget in named.items()
     ]
     config = compared[1].config
+    if config.method in EVAL_ONLY:
+        raise InputError(
+            f"--settings names the method {config.method!r}, which `fastgen eval` alone runs. Take "
+            "another, or leave it out."
+        )
     found = read_prompts(prompts, load_tokenizer(model))
     longest = max(map(len, found)) + max_tokens
     check_context(model, longest, f"The longest of {prompts} with its answer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +19,9 @@ from fastgen_vllm.errors import FastGenConfigError
 from fastgen_vllm.tools import options
 from fastgen_vllm.tools.child import ChildError
 from fastgen_vllm.tools.eval import lm_eval as harness
-from fastgen_vllm.tools.inputs import InputError, check_output, json_object, read_text
+from fastgen_vllm.tools.inputs import InputError, json_object, read_text
 from fastgen_vllm.tools.models import check_model
+from fastgen_vllm.tools.outputs import check_output, png, write, write_json
 
 
 class Commands(TyperGroup):
@@ -92,7 +92,7 @@ def bench(
         )
     recoveries = tuple(recovery or ()) or ((1.0, None) if method == "fastgen" else (None,))
     check_model(model)
-    check_output("--json", json_path)
+    check_output("--json", json_path, [".md", ".png"])
     plan = (measure.QUICK_PLAN if quick else measure.FULL_PLAN).only(load or ())
     if rounds is not None:
         plan = replace(plan, rounds=rounds)
@@ -129,7 +129,7 @@ def evaluate(  # noqa: PLR0913 - a parameter for every option
     extra, engine = json_object("--settings", settings), json_object("--engine-args", engine_args)
     own = FastGenConfig.from_dict(extra)
     check_model(model)
-    check_output("--json", json_path)
+    check_output("--json", json_path, [".md", ".png"])
     if lm_eval:
         job = harness.HarnessJob(str(model), tuple(lm_eval), lm_eval_path, limit, extra, engine)
         _lm_eval(job, json_path)
@@ -166,11 +166,11 @@ def profile(
     config = FastGenConfig.from_dict(json_object("--settings", settings))
     prompt = read_text(prompt_file) if prompt_file else natural_text()[:4000]
     check_model(model)
-    check_output("--out", out)
+    check_output("--out", out, [".png"], [prompt_file])
     found = tool.profile(str(model), prompt, config)
-    figure = tool.picture(found)
-    figure.savefig(out.with_suffix(".png"), dpi=110)
-    out.write_text(tool.page(found, figure), encoding="utf-8")
+    picture = png(tool.picture(found))
+    write(out.with_suffix(".png"), picture)
+    write(out, tool.page(found, picture))
     Console().print(tool.table(found))
     typer.echo(f"The page is in {out} and the picture is in {out.with_suffix('.png')}.")
 
@@ -193,10 +193,10 @@ def advise(
 
     extra, budgets = json_object("--settings", settings), budget or tool.BUDGETS
     check_model(model)
-    check_output("--json", json_path)
+    check_output("--json", json_path, [".png"], [prompts])
     advice = tool.advise(str(model), prompts, budgets, agreement, max_tokens, extra)
-    _write_json(asdict(advice), json_path)
-    tool.picture(advice).savefig(json_path.with_suffix(".png"), dpi=110)
+    write_json(json_path, asdict(advice))
+    write(json_path.with_suffix(".png"), png(tool.picture(advice)))
     Console().print(tool.table(advice))
     Console().print(tool.sentence(advice), style="bold", markup=False)
     typer.echo(
@@ -218,7 +218,7 @@ def demo(
     check_model(model)
     check_output("--out", out)
     summary = tool.run_demo(str(model), extra, tool.DEMO_LOAD)
-    _write_json(summary, out)
+    write_json(out, summary)
     for table in tool.tables(summary):
         Console().print(table)
     Console().print(tool.gain(summary), style="bold")
@@ -229,22 +229,18 @@ def _lm_eval(job: harness.HarnessJob, json_path: Path) -> None:
     if find_spec("lm_eval") is None:
         raise InputError("--lm-eval needs the package lm-eval. Install it: pip install lm-eval")
     results = harness.run_lm_eval(job)
-    _write_json(results, json_path)
+    write_json(json_path, results)
     table = harness.markdown(results)
-    json_path.with_suffix(".md").write_text(table, encoding="utf-8")
+    write(json_path.with_suffix(".md"), table)
     Console().print(Markdown(table))
     typer.echo(f"The results are in {json_path}, and a Markdown table is beside it.")
 
 
 def _write(report: ModuleType, results: dict[str, Any], json_path: Path) -> None:
     """A tool's results as JSON, and beside it its Markdown table and its chart."""
-    _write_json(results, json_path)
+    write_json(json_path, results)
     table = report.markdown(results)
-    json_path.with_suffix(".md").write_text(table, encoding="utf-8")
-    report.chart(results, json_path.with_suffix(".png"))
+    write(json_path.with_suffix(".md"), table)
+    write(json_path.with_suffix(".png"), png(report.chart(results)))
     Console().print(Markdown(table))
     typer.echo(f"The results are in {json_path}. A Markdown table and a chart are beside it.")
-
-
-def _write_json(results: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,23 @@ def json_object(option: str, text: str) -> dict[str, Any]:
     example = f"Write a JSON object such as {option} '{{\"key\": 1}}'."
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{option} {text!r} is not valid JSON: {error}. {example}") from None
+    except (ValueError, RecursionError) as error:  # also numbers too long and objects too deep
+        shown = shorten(text)
+        raise InputError(f"{option} {shown!r} is not valid JSON: {error}. {example}") from None
     if not isinstance(found, dict):
-        raise InputError(f"{option} {text!r} is not a JSON object. {example}")
+        raise InputError(f"{option} {shorten(text)!r} is not a JSON object. {example}")
     return found
 
 
+def shorten(text: str, most: int = 200) -> str:
+    """For a message."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def read_text(path: Path) -> str:
-    """A UTF-8 text file that says something."""
+    """A UTF-8 text file that says something, without the mark that some editors begin it with."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at position "
@@ -39,20 +44,3 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise InputError(f"{path} is empty. Name a file with text in it.")
     return text
-
-
-def check_output(option: str, path: Path) -> None:
-    """The file can be written. Its folder is made where there is none yet."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{option} {path} cannot be written: {error.strerror}: {error.filename}. "
-            "Name a file in another folder."
-        ) from None
-    if path.is_dir():
-        raise InputError(f"{option} {path} is a folder. Name a file in it.")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError(
-            f"{option} {path} cannot be written: permission denied. Name a file in another folder."
-        )

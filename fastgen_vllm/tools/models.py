@@ -136,5 +136,5 @@ def check_context(model: str | Path, num_tokens: int, what: str) -> None:
     if limit is not None and num_tokens > limit:
         raise InputError(
             f"{what} needs {num_tokens} tokens, and the model {Path(model).name} attends to at "
-            f"most {limit} (max_position_embeddings). Take less text."
+            f"most {limit} (max_position_embeddings). Take less text, or ask for fewer tokens."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -191,14 +190,12 @@ def _draw_head(axes: Any, head: int, layer: int, colour: str, share: float) -> N
     axes.text(head, layer, f"{share:.0%}", color=light, **centred)
 
 
-def page(found: Profiled, figure: Any) -> str:
-    """One HTML page with everything in it."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
+def page(found: Profiled, picture: bytes) -> str:
+    """One HTML page with everything in it, the picture as PNG too."""
     heads = "".join(f"<th>KV head {head}</th>" for head in range(len(found.names[0])))
     return PAGE.format(
         title=html.escape(found.title),
-        image=base64.b64encode(stream.getvalue()).decode(),
+        image=base64.b64encode(picture).decode(),
         text="".join(map(_shaded, found.pieces, found.piece_share)),
         heads=heads,
         rows="".join(_row(found, layer) for layer in range(len(found.names))),

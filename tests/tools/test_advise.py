@@ -39,7 +39,7 @@ def test_the_lowest_budget_that_is_good_enough(agreements: list[float], best: fl
     ("second", "message"),
     [
         ("{", "line 2: JSONDecodeError"),
-        ('{"text": "Hello"}', "line 2: KeyError: 'prompt'"),
+        ('{"text": "Hello"}', "line 2: ValueError: it has no prompt"),
         ('{"messages": "Hello"}', "line 2: "),
         ('{"prompt": ""}', "line 2: ValueError: the prompt is empty"),
     ],

@@ -87,5 +87,5 @@ def test_tiny_bench(model: str, tmp_path: Path) -> None:
     assert table.count("**The machine was not quiet.** The machine read 0.70 times") == 1
     assert table.index("### Ample KV memory (64 MiB)") < table.index("### Scarce KV memory")
     assert table.count(f"| {COMPRESSED} |") == 3 and "decode attention, with scores" in table
-    chart(results, tmp_path / "chart.png")
+    chart(results).savefig(tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000

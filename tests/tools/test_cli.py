@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typer.testing import CliRunner
 
 from fastgen_vllm.tools.child import ChildError
 from fastgen_vllm.tools.cli import app
-from fastgen_vllm.tools.inputs import read_text
+from fastgen_vllm.tools.eval.compare import variants
+from fastgen_vllm.tools.inputs import InputError, read_text
+from fastgen_vllm.tools.outputs import write, write_json
 
 
 def fastgen(*arguments: str | Path) -> Any:
@@ -41,6 +45,12 @@ CASES = [
     (["advise", "nowhere", "FILE"], "nowhere is not a model folder"),
     (["advise", "MODEL", "nowhere.jsonl"], "nowhere.jsonl"),
     (["advise", "MODEL", "FILE"], "line 1: JSONDecodeError"),
+    (["advise", "MODEL", "NUMBERS"], "line 1: ValueError: it has no prompt that is a string"),
+    (["advise", "MODEL", "FILE", "--json", "FILE"], "takes the place of the input"),
+    (["advise", "MODEL", "FILE", "--json", "FOLDER/x.png"], "written beside it"),
+    (["advise", "MODEL", "FILE", "--json", "FOLDER/texts.json"], "texts.png is a folder"),
+    (["advise", "MODEL", "FILE", "--json", f"FOLDER/{'x' * 300}"], "File name too long"),
+    (["advise", "MODEL", "FILE", "--settings", '{"method": "criticalkv"}'], "`fastgen eval` alone"),
     (["advise", "MODEL", "FILE", "--budget", "1.5"], "kv_budget: got 1.5"),
     (["advise", "MODEL", "FILE", "--settings", '{"kv_budget": 0.3}'], "Name budgets by --budget"),
     (["advise", "MODEL", "FILE", "--settings", '{"laddr": 1}'], "unknown key"),
@@ -67,6 +77,7 @@ CASES = [
     (["eval", "MODEL", "--json", "FILE/eval.json"], IN_A_FILE),
     (["eval", "MODEL", "--kvpress", "nowhere"], "pip install kvpress=="),
     (["eval", "MODEL", "--kvpress", "FILE"], "is not a Python with kvpress"),
+    (["eval", "MODEL", "--kvpress", "/bin/true"], "is not a Python with kvpress"),
     (["eval", "MODEL", "--limit", "3"], "go with --lm-eval"),
     (["eval", "MODEL", "--engine-args", "3"], "--engine-args '3' is not a JSON object"),
     (["eval", "MODEL", "--lm-eval", "x", "--lm-eval-path", "nowhere"], "does not exist"),
@@ -82,11 +93,14 @@ CASES = [
     (["profile", "MODEL", "--out", "FILE/page.html"], IN_A_FILE),
     (["demo", "nowhere"], "nowhere is not a model folder"),
     (["demo", "--settings", '{"kv_budget": 2}'], "kv_budget: got 2"),
+    (["demo", "--settings", "[" * 20_000], "is not valid JSON"),
     (["demo", "MODEL", "--out", "FILE/demo.json"], IN_A_FILE),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), CASES, ids=[" ".join(case) for case, _ in CASES])
+@pytest.mark.parametrize(
+    ("arguments", "message"), CASES, ids=[" ".join(case)[:80] for case, _ in CASES]
+)
 def test_what_a_user_gets_wrong(
     model: str, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
@@ -94,6 +108,8 @@ def test_what_a_user_gets_wrong(
     (tmp_path / "latin.txt").write_bytes(b"Hello \xff there")
     (tmp_path / "file.txt").write_text("Hello there")
     (tmp_path / "long.txt").write_text("one two " * 5000)
+    (tmp_path / "numbers.jsonl").write_text('\ufeff{"prompt": [1, 2]}\n', encoding="utf-8")
+    (tmp_path / "texts.png").mkdir()
     for language in ("english", "korean"):
         (tmp_path / "texts" / language).mkdir(parents=True)
         (tmp_path / "texts" / language / "bad.txt").write_bytes(b"\xfe\xff\x00a")
@@ -103,10 +119,13 @@ def test_what_a_user_gets_wrong(
         "BINARY": tmp_path / "latin.txt",
         "BINARY_TEXTS": tmp_path / "texts",
         "LONG": tmp_path / "long.txt",
+        "NUMBERS": tmp_path / "numbers.jsonl",
         "FOLDER": tmp_path,
     }
     given = [
-        str(places.get(argument, argument.replace("FILE", str(tmp_path / "file.txt"))))
+        str(places.get(argument, argument.replace("FILE", str(tmp_path / "file.txt")))).replace(
+            "FOLDER", str(tmp_path)
+        )
         for argument in arguments
     ]
     result = fastgen(*given)
@@ -130,3 +149,21 @@ def test_a_failed_engine_is_no_traceback(model: str, monkeypatch: pytest.MonkeyP
     result = fastgen("demo", model)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert result.output == "Error: the stock engine failed with exit status 1:\nout of memory\n"
+
+
+def test_what_is_written_takes_the_place_of_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    for content in ({"a": 1}, {"b": "\ud55c\uad6d\uc5b4"}):
+        write_json(path, content)
+        assert json.loads(path.read_text(encoding="utf-8")) == content
+    with pytest.raises(InputError, match="No space left"):
+        write(Path("/dev/full"), "figures")
+    before = os.stat("/dev/null").st_mode
+    write(Path("/dev/null"), "figures")
+    assert os.stat("/dev/null").st_mode == before, "a device stays one"
+    assert [each.name for each in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_variants_are_compared_once() -> None:
+    found = variants(["h2o", "h2o"], [0.5, 0.5], [0.9], {})
+    assert len({variant.name for variant in found}) == len(found) == 6

@@ -119,7 +119,7 @@ def test_tiny_eval(model: str, tmp_path: Path) -> None:
         assert 0.05 < slots < (0.43 if "budget" in variant["name"] else 1)
     table = markdown(json.loads(json.dumps(results)))
     assert table.count("\n| ") == 1 + len(methods)
-    chart(results, tmp_path / "chart.png")
+    chart(results).savefig(tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 20_000
 
 
@@ -138,7 +138,7 @@ def test_a_long_generation(model: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert summary.slots[1] == 1.0, "the prompt is short"
     assert found["loss_1"][:, 1].abs().max() < 1e-5 < found["loss_4"][:, 1].abs().max()
     assert "| generation: share held |" in markdown(results)
-    chart(results, tmp_path / "chart.png")
+    chart(results).savefig(tmp_path / "chart.png")
 
 
 @pytest.mark.engine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 GROUPS = {
@@ -136,7 +135,7 @@ def _at_once(scenario: dict[str, Any]) -> str:
     return f"{stock} → {most} at once" if most > stock else ""
 
 
-def chart(results: dict[str, Any], path: Path) -> None:
+def chart(results: dict[str, Any]) -> Any:
     """Total throughput relative to stock, a group of bars per scenario."""
     import matplotlib
 
@@ -165,4 +164,4 @@ def chart(results: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("throughput relative to stock vLLM")
     axes.set_title(f"{results['model']}, {results['machine']}", fontsize=10, loc="left")
     axes.legend(loc="upper right", bbox_to_anchor=(1, 1.2), ncols=len(names))
-    figure.savefig(path, dpi=120)
+    return figure

@@ -91,7 +91,7 @@ def variants(
     for recovery in recoveries:
         found.append(of("adaptive ladder", None, recovery, ladder="adaptive"))
         found.append(of("paper's ladder", None, recovery, ladder="paper"))
-    return found
+    return [*{variant.name: variant for variant in found}.values()]  # each asked for once
 
 
 def run_eval(

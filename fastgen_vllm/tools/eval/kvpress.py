@@ -63,12 +63,12 @@ def of(python: Path, budgets: Sequence[float]) -> Kvpress:
         InputError: this is no Python that has kvpress.
     """
     try:
-        subprocess.run(
-            [python, "-I", "-c", "import importlib.metadata as m; m.version('kvpress')"],
-            check=True,
-            capture_output=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
+        asked = "import importlib.metadata as m; print('kvpress', m.version('kvpress'))"
+        asking = [str(python), "-I", "-c", asked]
+        said = subprocess.run(asking, check=True, capture_output=True, text=True).stdout
+        if not said.startswith("kvpress "):
+            raise OSError
+    except (OSError, ValueError, subprocess.CalledProcessError):
         raise InputError(
             f"--kvpress {python} is not a Python with kvpress. {HOW_TO_MAKE}"
         ) from None

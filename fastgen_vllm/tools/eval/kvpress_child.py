@@ -115,8 +115,11 @@ class Copies:
         model = AutoModelForCausalLM.from_pretrained(
             job["model"], dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
+        config = model.config
+        if not hasattr(config, "head_dim"):  # Qwen2's; CriticalKVPress reads it
+            config.head_dim = config.hidden_size // config.num_attention_heads
         self.copies = [Copy(model, name, budget) for name, budget in job["variants"]]
-        shape = (len(self.copies), model.config.vocab_size)
+        shape = (len(self.copies), config.vocab_size)
         size = shape[0] * shape[1]
         self.logits = torch.from_file(job["logits"], shared=True, size=size).view(shape)
         self.position = 0

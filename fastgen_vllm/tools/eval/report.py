@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -172,7 +171,7 @@ PANELS = (
 )
 
 
-def chart(results: dict[str, Any], path: Path) -> None:
+def chart(results: dict[str, Any]) -> Any:
     """Quality against the share of the KV cache kept, a line a method."""
     import matplotlib
 
@@ -194,7 +193,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)
     figure.suptitle(f"{results['model']}, {results['date']}", fontsize=11)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _panel(axes: Any, summary: Summary, figure: Figure) -> None:
