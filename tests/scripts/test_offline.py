@@ -107,5 +107,5 @@ def test_bundle_installs_without_network(tmp_path: Path) -> None:
     assert used.stdout.split()[-3:] == wanted, used.stderr[-3000:]
     left_out = [target.glob(f".venv/lib/*/site-packages/{name}") for name in ("triton", "numba")]
     assert not any(map(list, left_out))
-    again = run(install)
+    again = run(install, target.parent)
     assert again.returncode == 1 and "exists; name a new directory" in again.stderr
