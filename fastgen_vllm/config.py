@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from fastgen_vllm.errors import FastGenConfigError
+from fastgen_vllm.errors import FastGenConfigError, shorten
 from fastgen_vllm.policy.choice import Goal, Profiling, QueryWeighting
 from fastgen_vllm.policy.hybrids import ADAPTIVE_LADDER, FULL, PAPER_LADDER, Hybrid, Ladder
 from fastgen_vllm.policy.methods import LADDER, METHODS, PAPER_PROFILING, PEAKS, Method
@@ -27,8 +27,6 @@ from fastgen_vllm.profiler.queries import queries_looked_at
 
 KernelChoice = Literal["auto", "native", "cuda", "reference"]
 MOST_TOKENS = 1 << 24
-MOST_SHOWN = 300
-"""Characters of a wrong value that a message repeats."""
 """More than any prompt has."""
 
 BUDGET, LADDER_BUDGET = 0.25, 0.4
@@ -505,7 +503,5 @@ def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> str
             lines.append(f"{where}: unknown key; known keys: {known}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            given = repr(problem["input"])
-            shown = given if len(given) <= MOST_SHOWN else f"{given[:MOST_SHOWN]}..."
-            lines.append(f"{where}: got {shown}. {message}")
+            lines.append(f"{where}: got {shorten(repr(problem['input']))}. {message}")
     return "invalid FastGen setting: " + "; ".join(lines)

@@ -119,13 +119,9 @@ def prefill_attention(
     scale: float,
     output: torch.Tensor,
 ) -> torch.Tensor:
-    chunks = zip(prompts.chunks(kv), prompts.first_lse, strict=True)
-    if len(prompts) == 1:
-        (((_, keys), first),) = chunks
-        return _attend(query, keys, scale, output, first)
     lse = torch.empty(query.shape[:3])
-    for (own, keys), first in chunks:
-        lse[own] = _attend(query[own], keys, scale, output[own], first)
+    for (own, keys), first in zip(prompts.chunks(kv), prompts.first_lse, strict=True):
+        _attend(query[own], keys, scale, output[own], lse[own], first)
     return lse
 
 
@@ -134,27 +130,25 @@ def _attend(
     keys: PromptKeys,
     scale: float,
     output: torch.Tensor,
+    lse: torch.Tensor,
     first_lse: int,
-) -> torch.Tensor:
+) -> None:
     """By a library where one is faster here, for more than a few queries. It gives no log-sum-exps,
-    and a few of them cost little."""
+    and a few of them cost little. ``output`` and ``lse`` are written."""
     dtype, ops = keys.kv.dtype, torch.ops.fastgen
     c, query = len(query), query.to(dtype)
     where = (keys.kv, keys.page_table, keys.num_keys, scale)
     library = libraries.on_cpu.get((dtype, query.shape[-1]))
     if library is None or c < LEAST_QUERIES:
         attended = output if output.dtype == dtype else torch.empty_like(query)
-        lse = ops.prefill_attention(query, *where, attended)
+        lse.copy_(ops.prefill_attention(query, *where, attended))
     elif c - first_lse <= c // 2:
         attended = library(query, *gather_keys(keys), scale)
-        lse = torch.empty(query.shape[:3])
         lse[first_lse:] = ops.attention_lse(query[first_lse:], *where)
     else:
-        attended, lse = libraries.sdpa_of(query, *gather_keys(keys), scale)
-        lse = lse.contiguous()
+        attended, lse[:] = libraries.sdpa_of(query, *gather_keys(keys), scale)
     if attended is not output:
         output.copy_(attended)
-    return lse
 
 
 def attention_mass(

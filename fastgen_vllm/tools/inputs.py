@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastgen_vllm.errors import shorten
+
 
 class InputError(ValueError):
     """Something that the user can set right. The message says in one line what and how."""
@@ -17,16 +19,12 @@ def json_object(option: str, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers too long and objects too deep
-        shown = shorten(text)
-        raise InputError(f"{option} {shown!r} is not valid JSON: {error}. {example}") from None
+        raise InputError(
+            f"{option} {shorten(text)!r} is not valid JSON: {error}. {example}"
+        ) from None
     if not isinstance(found, dict):
         raise InputError(f"{option} {shorten(text)!r} is not a JSON object. {example}")
     return found
-
-
-def shorten(text: str, most: int = 200) -> str:
-    """For a message."""
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def read_text(path: Path) -> str:

@@ -244,9 +244,12 @@ class _WithReport(AsyncModelRunnerOutput):
 class FastGenGPUWorker(FastGenWorkerMixin, GPUWorker):
     """vLLM's CUDA worker with FastGen."""
 
-    def _gathers_keys(self, config: FastGenConfig) -> bool:
-        (dtype, *_) = {spec.dtype for spec in self.model_runner.get_kv_cache_spec().values()}
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         flash_attention.prefer()
+
+    def _gathers_keys(self, config: FastGenConfig) -> bool:
+        dtype = next(iter(self.model_runner.get_kv_cache_spec().values())).dtype
         return not flash_attention.serves(dtype, config.block_size)
 
     def compile_or_warm_up_model(self) -> Any:

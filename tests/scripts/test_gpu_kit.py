@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.models import first_layers
 from helpers.paths import PROGRAMS, ROOT
+from helpers.programs import run_program
 
 pytestmark = pytest.mark.engine
-
-
-def run(program: Path, *arguments: str, **variables: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(program), *arguments],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def test_an_engine(tmp_path: Path) -> None:
     """One with dummy weights, whose decode steps are captured and profiled."""
     first_layers(2, tmp_path / "big")
     name = "big-fp32-replayed"
-    run(PROGRAMS / "gpu_kit.py", name, str(tmp_path), "--tiny", E2E=str(tmp_path))
+    run_program(PROGRAMS / "gpu_kit.py", name, str(tmp_path), "--tiny", E2E=str(tmp_path))
     found = json.loads((tmp_path / f"{name}.json").read_text())
     assert found["backend"] == "FASTGEN" and found["kernels"] == "Triton" and found["captured"]
     assert found["runner"] == "vllm.v1.worker.gpu.model_runner"
@@ -51,7 +38,7 @@ def test_the_summary(tmp_path: Path) -> None:
     write("default", same)
     write("v1", same)
     write("replayed", other)
-    run(ROOT / "scripts/gpu/summary.py", str(tmp_path), str(tmp_path))
+    run_program(ROOT / "scripts/gpu/summary.py", str(tmp_path), str(tmp_path))
     found = json.loads((tmp_path / "results.json").read_text())["found"]
     agreement = {"requests": 2, "equal": 1, "at": [[1, 0.01]]}
     assert found["bf16: recovery 1.0 against stock"] == agreement

@@ -49,7 +49,7 @@ def test_stock_is_untouched(model: str) -> None:
     assert config.scheduler_config.scheduler_cls is None
     assert "fastgen" not in config.parallel_config.worker_cls.lower()
     assert config.cache_config.enable_prefix_caching is True
-    assert config.cache_config.block_size != 32
+    assert config.cache_config.block_size == 128
 
 
 def test_registering_twice_is_harmless() -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from helpers.models import first_layers
 from helpers.paths import PROGRAMS, ROOT
+from helpers.programs import run_program
 
 pytestmark = pytest.mark.engine
 LAYERS = 2
@@ -31,12 +30,10 @@ def newer_vllm() -> str:
 
 
 def run(program: str, *arguments: str, is_newer: bool = False) -> dict[str, Any]:
-    command = [sys.executable, str(PROGRAMS / program), *arguments]
-    path = [newer_vllm() if is_newer else "", os.environ["PYTHONPATH"]]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    path = [newer_vllm()] if is_newer else []
+    path.append(os.environ["PYTHONPATH"])
+    printed = run_program(PROGRAMS / program, *arguments, PYTHONPATH=os.pathsep.join(path))
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +47,15 @@ def cpu(shallow_model: str) -> dict[str, Any]:
         ("0.32", ["v1", "graphs"], "gpu_model_runner"),
         ("0.32", ["v2", "graphs"], "gpu.model_runner"),
         ("0.33", ["v1", "bfloat16"], "gpu_model_runner"),
+        ("0.33", ["v2"], "gpu.model_runner"),
         ("0.33", ["v2", "graphs"], "gpu.model_runner"),
     ],
 )
 def test_as_on_the_cpu(
     shallow_model: str, cpu: dict[str, Any], vllm: str, arguments: list[str], module: str
 ) -> None:
-    """With decode steps that are captured once and replayed; and step by step in 16 bits, where
-    prompts are encoded by flash attention."""
+    """Step by step, and with decode steps that are captured once and replayed; in 16 bits prompts
+    are encoded by flash attention."""
     gpu = run("run_on_pretend_gpu.py", shallow_model, *arguments, is_newer=vllm == "0.33")
     assert gpu["vllm"].startswith(vllm) and gpu["replays"] == (17 if "graphs" in arguments else 0)
     assert gpu["runner"] == f"vllm.v1.worker.{module}"
