@@ -18,10 +18,11 @@ static void lse_tile(void* context, int64_t i) {
   pack_keys<Lane, T>(a, head, tile, keys);
   const float* rows = task.queries.rows + head * padded_rows * lanes;
   float* part = task.parts + (head * task.num_tiles + tile) * padded_rows * 2;
-  for (int64_t r = 0; r < padded_rows; r += kRows) {
-    alignas(64) float scores[kRows * kTile], unused[kTile];
-    tile_scores<Lane>(rows + r * lanes, lanes, keys, scores);
-    for (int j = 0; j < kRows; ++j) {
+  for (int64_t r = 0; r < padded_rows; r += kBlock) {
+    alignas(64) float scores[kBlock * kTile], unused[kTile];
+    int64_t n = lower(kBlock, padded_rows - r);
+    block_scores(a, rows + r * lanes, n, keys, scores, Lane());
+    for (int64_t j = 0; j < n; ++j) {
       int64_t visible = higher(0, lower(kTile, ahead + (r + j) / a.group + 1));
       float maximum = -1e30f, sums[W] = {};
       softmax_row<Lane>(scores + j * kTile, visible, a.scale * kLog2e, maximum, sums, unused);

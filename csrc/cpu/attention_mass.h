@@ -39,11 +39,12 @@ static void mass_task(void* context, int64_t i) {
   float scale = a.scale * kLog2e;
   int64_t num_rows = a.num_queries * G, bucket = 0, r = 0;
   if (first_key > a.first_position)  // queries before the tile see none of it
-    r = (first_key - a.first_position + a.position_step - 1) / a.position_step * G / kRows * kRows;
-  for (; r < num_rows; r += kRows) {
-    alignas(64) float scores[kRows * kTile];
-    tile_scores<Lane>(rows + r * lanes, lanes, keys, scores);
-    for (int64_t j = r; j < lower(r + kRows, num_rows); ++j) {
+    r = (first_key - a.first_position + a.position_step - 1) / a.position_step * G / kBlock * kBlock;
+  for (; r < num_rows; r += kBlock) {
+    alignas(64) float scores[kBlock * kTile];
+    int64_t n = lower(kBlock, task.queries.padded_rows - r);
+    block_scores(a, rows + r * lanes, n, keys, scores, Lane());
+    for (int64_t j = r; j < lower(r + kBlock, num_rows); ++j) {
       int64_t query = j / G, far = a.first_position + query * a.position_step - first_key;
       if (far < 0) continue;
       while (bucket < a.num_bounds && a.bounds[bucket] <= far) ++bucket;

@@ -19,12 +19,13 @@ static void peaks_task(void* context, int64_t i) {
   float scale = a.scale * kLog2e;
   int64_t num_rows = a.num_queries * G, r = 0;
   if (first_key > a.first_position)  // queries before the tile see none of it
-    r = (first_key - a.first_position + a.position_step - 1) / a.position_step * G / kRows * kRows;
-  alignas(64) float peaks[kTile] = {}, sums[kTile] = {};
-  for (; r < num_rows; r += kRows) {
-    alignas(64) float scores[kRows * kTile];
-    tile_scores<Lane>(rows + r * lanes, lanes, keys, scores);
-    for (int64_t j = r; j < lower(r + kRows, num_rows); ++j) {
+    r = (first_key - a.first_position + a.position_step - 1) / a.position_step * G / kBlock * kBlock;
+  vf peaks[kTile / W] = {}, sums[kTile / W] = {};
+  for (; r < num_rows; r += kBlock) {
+    alignas(64) float scores[kBlock * kTile];
+    int64_t n = lower(kBlock, task.queries.padded_rows - r);
+    block_scores(a, rows + r * lanes, n, keys, scores, Lane());
+    for (int64_t j = r; j < lower(r + kBlock, num_rows); ++j) {
       int64_t query = j / G, far = a.first_position + query * a.position_step - first_key;
       if (far < 0) continue;
       float minus_lse = -a.lse[query * a.lse_stride + head * G + j % G] * kLog2e;
@@ -33,16 +34,16 @@ static void peaks_task(void* context, int64_t i) {
         if (far < kTile - 1) x = iota() + v * W <= (int32_t)far ? x : splat(kMinusInfinity);
         // Rounding can put a score a little above its row's log-sum-exp.
         vf p = exp2_nonpositive(x < 0.0f ? x : splat(0.0f));
-        store(peaks + v * W, vmax(load(peaks + v * W), p));
-        store(sums + v * W, load(sums + v * W) + p);
+        peaks[v] = vmax(peaks[v], p);
+        sums[v] += p;
       }
     }
   }
   int64_t offset = head * a.key_stride + first_key;
   for (int64_t k = 0; k < lower(kTile, a.num_keys - first_key); ++k) {
-    float* peak = a.peaks + offset + k;
-    *peak = peaks[k] > *peak ? peaks[k] : *peak;
-    a.sums[offset + k] += sums[k];
+    float *peak = a.peaks + offset + k, found = peaks[k / W][k % W];
+    *peak = found > *peak ? found : *peak;
+    a.sums[offset + k] += sums[k / W][k % W];
   }
 }
 

@@ -2,10 +2,13 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <cstring>
+#include <exception>
+#include <vector>
 
 #include "kernels.h"
 
@@ -14,12 +17,40 @@ namespace {
 
 using at::Tensor;
 
+// By oneDNN, which multiplies with AMX where the machine has it.
+void multiply(int64_t m, int64_t n, int64_t k, bool add, const void* a, const void* b, float* c) {
+  using at::BFloat16;
+  at::native::cpublas::brgemm(m, n, k, k, n, n, add, static_cast<const BFloat16*>(a),
+                              static_cast<const BFloat16*>(b), c);
+}
+
+// AMX's tiles are a thread's: whoever multiplies next lays them out in another way.
+struct Multiplying {
+  ~Multiplying() { at::native::cpublas::brgemm_release(); }
+};
+
+// Whether this torch and this machine can: a oneDNN of other instructions says no by an exception.
+bool multiplies() {
+  Multiplying multiplying;
+  try {
+    std::vector<at::BFloat16> ones(16 * 16, 1.0f);
+    std::vector<float> product(16 * 16);
+    multiply(16, 16, 16, false, ones.data(), ones.data(), product.data());
+    return product.back() == 16.0f;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
 const Kernels* kernels_named(c10::string_view isa) {
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16") ? &avx512_bf16_kernels : nullptr;
+  if (isa == "avx512_bf16") {
+    bool pairs = avx512 && __builtin_cpu_supports("avx512bf16") && multiplies();
+    return pairs ? &avx512_bf16_kernels : nullptr;
+  }
   if (isa == "avx512") return avx512 ? &avx512_kernels : nullptr;
   if (isa == "avx2") return avx2 ? &avx2_kernels : nullptr;
   return nullptr;
@@ -43,6 +74,7 @@ void parallel(int64_t n, void (*body)(void*, int64_t), void* context) {
   std::atomic<int64_t> next{0};
   int64_t threads = std::min<int64_t>(n, at::get_num_threads());
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    Multiplying multiplying;
     for (; begin < end; ++begin)
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(context, i);
   });
@@ -102,6 +134,7 @@ Prefill prefill_arguments(const Tensor& query, const Tensor& pages, const Tensor
   a.table_stride = page_table.size(1);
   a.scale = static_cast<float>(scale);
   a.parallel = parallel;
+  a.multiply = multiply;
   return a;
 }
 

@@ -11,6 +11,11 @@ enum class DType { f32, f16, bf16 };
 // Runs body(context, i) for every i in [0, n), spread over threads.
 using ParallelFor = void (*)(int64_t n, void (*body)(void*, int64_t), void* context);
 
+// c[m, n] = a[m, k] b[k, n] (+ c) of bf16 in float32; b is in pairs, [k / 2][n][2]. m is one of few,
+// since code is generated for each.
+using Multiply = void (*)(int64_t m, int64_t n, int64_t k, bool add, const void* a, const void* b,
+                          float* c);
+
 struct Prefill {
   DType dtype;
   int64_t num_queries, num_heads, group, head_size;
@@ -21,6 +26,7 @@ struct Prefill {
   const int64_t* page_table;   // [num_heads, table_stride]
   float scale;
   ParallelFor parallel;
+  Multiply multiply;
 };
 
 struct PrefillAttention : Prefill {

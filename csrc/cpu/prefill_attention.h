@@ -59,24 +59,51 @@ INLINE float softmax_row(
   return shrink;
 }
 
-// out[r][0..V*W) = out * shrink[r] + probabilities[r] . values
-template <class Lane, int V>
-INLINE void accumulate(const float* probs, const float* values, int64_t num_lanes,
+// out[r][0..V*W) = out * shrink[r] + probabilities[r] . values, of a register block.
+template <int V>
+INLINE void accumulate(const float* probs, const float* values, int64_t num_seen,
                        int64_t head_size, const float* shrink, float* out) {
+  constexpr int kRows = FloatLane::kRows;
   vf acc[kRows][V];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = load(out + r * head_size + v * W) * shrink[r];
-  for (int64_t l = 0; l < num_lanes; ++l) {
+  for (int64_t k = 0; k < num_seen; ++k) {
     vf value[V];
-    for (int v = 0; v < V; ++v) value[v] = load(values + l * head_size + v * W);
+    for (int v = 0; v < V; ++v) value[v] = load(values + k * head_size + v * W);
     for (int r = 0; r < kRows; ++r) {
-      vf p = splat(probs[r * (kTile / Lane::kPer) + l]);
-      for (int v = 0; v < V; ++v) acc[r][v] = Lane::dot(acc[r][v], p, value[v]);
+      vf p = splat(probs[r * kTile + k]);
+      for (int v = 0; v < V; ++v) acc[r][v] += p * value[v];
     }
   }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < V; ++v) store(out + r * head_size + v * W, acc[r][v]);
 }
+
+// The same of num_rows as in block_scores, and of whole heads. From num_seen on probabilities are 0
+// but in rows that pad.
+INLINE void accumulate_block(const Prefill& a, const float* probs, int64_t num_rows,
+                             const float* values, int64_t num_seen, const float* shrink, float* out,
+                             FloatLane) {
+  int64_t D = a.head_size;
+  for (int64_t r = 0; r < num_rows; r += FloatLane::kRows) {
+    int64_t d = 0;
+    for (; d + kVecs * W <= D; d += kVecs * W)
+      accumulate<kVecs>(probs + r * kTile, values + d, num_seen, D, shrink + r, out + r * D + d);
+    for (; d < D; d += W)
+      accumulate<1>(probs + r * kTile, values + d, num_seen, D, shrink + r, out + r * D + d);
+  }
+}
+#ifdef FASTGEN_BF16
+INLINE void accumulate_block(const Prefill& a, const float* probs, int64_t num_rows,
+                             const float* values, int64_t num_seen, const float* shrink, float* out,
+                             PairLane) {
+  for (int64_t r = 0; r < num_rows; ++r)
+    if (shrink[r] != 1.0f)
+      for (float* to = out + r * a.head_size; to < out + (r + 1) * a.head_size; to += W)
+        store(to, load(to) * shrink[r]);
+  a.multiply(num_rows, a.head_size, kTile, true, probs, values, out);
+}
+#endif
 
 template <class Lane, class T>
 static void prefill_task(void* context, int64_t i) {
@@ -87,7 +114,7 @@ static void prefill_task(void* context, int64_t i) {
   int64_t first = (task.num_query_tiles - 1 - i / a.num_heads) * task.tile_queries;
   int64_t last = lower(first + task.tile_queries, a.num_queries);
   int64_t offset = a.num_keys - a.num_queries, lanes = D / Lane::kPer, size = lanes * kTile;
-  int64_t max_rows = (task.tile_queries * G + kRows - 1) / kRows * kRows;
+  int64_t max_rows = padded<Lane>(task.tile_queries * G);
 
   float* rows = scratch(Scratch::task, max_rows * (lanes + D + W + 1));
   float *out = rows + max_rows * lanes, *sums = out + max_rows * D, *maxima = sums + max_rows * W;
@@ -99,24 +126,20 @@ static void prefill_task(void* context, int64_t i) {
   for (int64_t tile = 0; tile * kTile < offset + last; ++tile) {
     const float* keys = task.keys + (head * task.num_tiles + tile) * size;
     const float* values = task.values + (head * task.num_tiles + tile) * size;
-    for (int64_t r = 0; r < num_rows; r += kRows) {
-      int64_t newest = lower(first + (r + kRows - 1) / G, last - 1) + offset;
+    for (int64_t r = 0; r < num_rows; r += kBlock) {
+      int64_t n = lower(kBlock, num_rows - r);
+      int64_t newest = lower(first + (r + n - 1) / G, last - 1) + offset;
       int64_t num_seen = lower(kTile, newest - tile * kTile + 1);
       if (num_seen <= 0) continue;
-      alignas(64) float scores[kRows * kTile], probs[kRows * kTile], shrink[kRows];
-      tile_scores<Lane>(rows + r * lanes, lanes, keys, scores);
-      for (int j = 0; j < kRows; ++j) {
+      alignas(64) float scores[kBlock * kTile], probs[kBlock * kTile], shrink[kBlock];
+      block_scores(a, rows + r * lanes, n, keys, scores, Lane());
+      for (int j = 0; j < n; ++j) {
         int64_t visible = first + (r + j) / G + offset - tile * kTile + 1;
         visible = visible < 0 ? 0 : visible > kTile ? kTile : visible;
         shrink[j] = softmax_row<Lane>(scores + j * kTile, visible, scale, maxima[r + j],
                                       sums + (r + j) * W, probs + j * (kTile / Lane::kPer));
       }
-      int64_t num_lanes = (num_seen + Lane::kPer - 1) / Lane::kPer;
-      int64_t d = 0;
-      for (; d + kVecs * W <= D; d += kVecs * W)
-        accumulate<Lane, kVecs>(probs, values + d, num_lanes, D, shrink, out + r * D + d);
-      for (; d < D; d += W)
-        accumulate<Lane, 1>(probs, values + d, num_lanes, D, shrink, out + r * D + d);
+      accumulate_block(a, probs, n, values, num_seen, shrink, out + r * D, Lane());
     }
   }
   for (int64_t r = 0; r < (last - first) * G; ++r) {

@@ -1,14 +1,14 @@
 // Tiles of Q K^T for prefill. A lane is 32 bits of the head dimension: one float, or a pair of
 // bf16 where the machine multiplies pairs. Keys are packed lane-major, [lane][kTile keys], so that
-// a tile of scores needs no horizontal sum.
+// a tile of scores needs no horizontal sum. Floats are multiplied here, pairs by a library.
 
 constexpr int kTile = 64;                     // keys
-constexpr int kRows = 6;                      // rows (query, group) of a register block
+constexpr int kBlock = 48;                    // rows (query, group) of a block of scores
 constexpr int kVecs = W == 16 ? 4 : 2;        // vectors of a register block
 
 struct FloatLane {
   typedef float Element;
-  static constexpr int kPer = 1;
+  static constexpr int kPer = 1, kRows = 6;  // rows of a register block
   static inline __attribute__((always_inline)) vf dot(vf acc, vf a, vf b) { return a * b + acc; }
   template <class T>
   static inline __attribute__((always_inline)) vf load_row(const T* p) { return load(p); }
@@ -21,7 +21,7 @@ struct FloatLane {
 #ifdef FASTGEN_BF16
 struct PairLane {
   typedef bf16 Element;
-  static constexpr int kPer = 2;
+  static constexpr int kPer = 2, kRows = 16;  // rows of a tile of AMX
   static inline __attribute__((always_inline)) vf dot(vf acc, vf a, vf b) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   }
@@ -80,9 +80,9 @@ static void pack_keys(const Prefill& a, int64_t head, int64_t tile, float* to) {
   }
 }
 
-// scores[r][kTile] = rows[r] . keys, unscaled.
-template <class Lane>
+// scores[r][kTile] = rows[r] . keys, unscaled, of a register block.
 INLINE void tile_scores(const float* rows, int64_t lanes, const float* keys, float* scores) {
+  constexpr int kRows = FloatLane::kRows;
   for (int k = 0; k < kTile; k += kVecs * W) {
     vf acc[kRows][kVecs] = {};
     for (int64_t l = 0; l < lanes; ++l) {
@@ -90,7 +90,7 @@ INLINE void tile_scores(const float* rows, int64_t lanes, const float* keys, flo
       for (int v = 0; v < kVecs; ++v) key[v] = load(keys + l * kTile + k + v * W);
       for (int r = 0; r < kRows; ++r) {
         vf row = splat(rows[r * lanes + l]);
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = Lane::dot(acc[r][v], row, key[v]);
+        for (int v = 0; v < kVecs; ++v) acc[r][v] += row * key[v];
       }
     }
     for (int r = 0; r < kRows; ++r)
@@ -98,7 +98,25 @@ INLINE void tile_scores(const float* rows, int64_t lanes, const float* keys, flo
   }
 }
 
-// Rows (query, group) of queries [first, last) of a head, padded with zeros to kRows.
+// The same of num_rows, at most kBlock and a multiple of Lane::kRows.
+INLINE void block_scores(const Prefill& a, const float* rows, int64_t num_rows, const float* keys,
+                         float* scores, FloatLane) {
+  for (int64_t r = 0; r < num_rows; r += FloatLane::kRows)
+    tile_scores(rows + r * a.head_size, a.head_size, keys, scores + r * kTile);
+}
+#ifdef FASTGEN_BF16
+INLINE void block_scores(const Prefill& a, const float* rows, int64_t num_rows, const float* keys,
+                         float* scores, PairLane) {
+  a.multiply(num_rows, kTile, a.head_size, false, rows, keys, scores);
+}
+#endif
+
+template <class Lane>
+INLINE int64_t padded(int64_t num_rows) {
+  return (num_rows + Lane::kRows - 1) / Lane::kRows * Lane::kRows;
+}
+
+// Rows (query, group) of queries [first, last) of a head, padded with zeros.
 template <class Lane, class T>
 static int64_t pack_rows(const Prefill& a, int64_t head, int64_t first, int64_t last, float* to) {
   typedef typename Lane::Element Element;
@@ -107,9 +125,9 @@ static int64_t pack_rows(const Prefill& a, int64_t head, int64_t first, int64_t 
     const T* from = (const T*)a.query + q * a.query_stride + head * a.group * a.head_size;
     Lane::copy((Element*)(to + (q - first) * a.group * lanes), from, a.group * a.head_size);
   }
-  int64_t padded = (rows + kRows - 1) / kRows * kRows;
-  __builtin_memset(to + rows * lanes, 0, (padded - rows) * lanes * sizeof(float));
-  return padded;
+  int64_t all = padded<Lane>(rows);
+  __builtin_memset(to + rows * lanes, 0, (all - rows) * lanes * sizeof(float));
+  return all;
 }
 
 // All queries of a prefill, packed: [head][padded_rows][lanes].
@@ -129,7 +147,7 @@ static void pack_queries_of_head(void* context, int64_t head) {
 
 template <class Lane, class T>
 static PackedQueries pack_queries(const Prefill& a) {
-  PackedQueries packed{&a, (a.num_queries * a.group + kRows - 1) / kRows * kRows, 0};
+  PackedQueries packed{&a, padded<Lane>(a.num_queries * a.group), 0};
   int64_t floats = a.num_heads * packed.padded_rows * a.head_size / Lane::kPer;
   packed.rows = scratch(Scratch::packed_queries, floats);
   a.parallel(a.num_heads, pack_queries_of_head<Lane, T>, &packed);

@@ -100,7 +100,20 @@ INLINE float hsum(vf x) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-// 2^x for x <= 0, within 2e-7 of its size; 0 below -126, so that 2^-inf is 0.
+// 2^x for x <= 0, within 2e-7 of its size from -126 on, 1 at 0 and 0 at -inf. With AVX2 all below
+// -126 is 0.
+#if FASTGEN_WIDTH == 16
+INLINE vf exp2_nonpositive(vf x) {
+  vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // x less its floor; 0 of -inf
+  vf p = splat(1.8793186e-3f);
+  p = p * f + 8.9909956e-3f;
+  p = p * f + 5.5818677e-2f;
+  p = p * f + 0.24015927f;
+  p = p * f + 0.69315171f;
+  p = p * f + 1.0f;
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
+}
+#else
 INLINE vf exp2_nonpositive(vf x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   vf clamped = vmax(x, splat(-126.0f));
@@ -117,6 +130,7 @@ INLINE vf exp2_nonpositive(vf x) {
   vf result = (vf)((vi)p + (n << 23));
   return x >= -126.0f ? result : splat(0.0f);
 }
+#endif
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 constexpr float kMinusInfinity = -__builtin_inff();

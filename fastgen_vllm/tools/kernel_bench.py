@@ -241,23 +241,31 @@ def kernel_figures(shape: ModelShape, dtype: torch.dtype, quick: bool) -> dict[s
         raise RuntimeError(f"no native kernels to measure: {problem}")
     clock = Clock("cpu")
     figures = []
-    for scored in (0.0, 1.0):
-        state = DecodeState(shape, DecodeLoad(16, 512 if quick else 2048, 8, scored=scored), dtype)
+    loads = {
+        "": (1.0, 0.0),
+        ", with scores": (1.0, 1.0),
+        ", with scores, a quarter kept": (0.25, 1.0),
+    }
+    for name, (kept, scored) in loads.items():
+        load = DecodeLoad(16, 512 if quick else 2048, 8, kept, scored)
+        state = DecodeState(shape, load, dtype)
         cpu.prepare(state.pages.kv)
         seconds = clock.seconds(partial(state.attend, cpu)) / 8
-        name = "decode attention" + (", with scores" if scored else "")
         rate = state.num_bytes / seconds / 1e9
-        figures.append(KernelFigure(name, seconds * 1e3, rate, "GB/s"))
+        figures.append(KernelFigure(f"decode attention{name}", seconds * 1e3, rate, "GB/s"))
     tokens = 1024 if quick else 2048
     prompt = PrefillState(shape, tokens, dtype)
     pairs = shape.num_heads * tokens * (tokens + 1) / 2
+    looks = min(END_QUERIES, tokens)
+    last = shape.num_heads * looks * (tokens - (looks - 1) / 2)
     passes = {
-        "prefill attention": (partial(prompt.attend, cpu), 2),
-        "attention mass": (partial(prompt.mass, cpu), 1),
+        "prefill attention": (partial(prompt.attend, cpu), 2 * pairs),
+        f"attention peaks of {looks} queries": (partial(prompt.profile, cpu), last),
+        "attention mass": (partial(prompt.mass, cpu), pairs),
     }
     for name, (run, products) in passes.items():
         seconds = clock.seconds(run)
-        rate = pairs * products * 2 * shape.head_size / seconds / 1e9
+        rate = products * 2 * shape.head_size / seconds / 1e9
         figures.append(KernelFigure(name, seconds * 1e3, rate, "GFLOP/s"))
     return {
         **machine_rates(dtype),
