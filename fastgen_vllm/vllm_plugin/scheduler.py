@@ -130,20 +130,23 @@ class FastGenSchedulerMixin(SchedulerBase):
         manager = self.block_manager
         able = [r for r in self._squeezable() if r in scheduled]
         free = manager.block_pool.get_num_free_blocks() + sum(manager.squeezing.values())
-        needed, chosen = self._needed_soon() if able else 0, []
-        if free >= needed:
+        if not able or free >= (soon := self._needed_soon()):
             return []
-        for request_id in sorted(able, key=lambda r: -len(manager.owned_blocks(r))):
-            if free >= needed:
-                break
-            gain = self._gain(request_id)
-            if gain and request_id not in manager.squeezing:
-                manager.squeezing[request_id] = gain
-                chosen.append(request_id)
-                free += gain
+        able.sort(key=lambda r: -len(manager.owned_blocks(r)))
+        chosen = []
+        # Whoever decodes next may preempt somebody, which costs more than many small squeezes.
+        for needed, urgent in ((soon, False), (len(self.running), True)):
+            for request_id in able:
+                if free >= needed:
+                    break
+                gain = 0 if request_id in manager.squeezing else self._gain(request_id, urgent)
+                if gain:
+                    manager.squeezing[request_id] = gain
+                    chosen.append(request_id)
+                    free += gain
         return chosen
 
-    def _gain(self, request_id: str) -> int:
+    def _gain(self, request_id: str, urgent: bool) -> int:
         """Blocks that squeezing a request frees; 0 where that is not worth the while."""
         manager, length = self.block_manager, self.requests[request_id].num_tokens
         goal, kept = manager.prompts[request_id].squeezed, self.kept[request_id]
@@ -151,12 +154,20 @@ class FastGenSchedulerMixin(SchedulerBase):
         share = goal.with_protected(kept.protected_tokens / length).share_of(length)
         if goal.least_recovery:
             share = max(share, kept.budget or 0.0)
+        slots, last = share * length, kept.last
+        if last is not None and urgent:  # what was not reached before is not reached now
+            slots = max(slots, last.ratio * last.num_tokens)
         owned = len(manager.owned_blocks(request_id))
-        gain = owned - int(share * length) // manager.block_size - 2
-        if kept.last is None and kept.kept_slots == kept.total_slots:
+        # Heads leave pages partly empty; with late reports what is free is counted on meanwhile.
+        slack = 3 if urgent and isinstance(self, AsyncScheduler) else 2
+        gain = owned - round(slots) // manager.block_size - slack
+        if last is None and kept.kept_slots == kept.total_slots:
             return max(0, gain)  # it holds everything
-        has_grown = kept.last is None or 16 * length >= 17 * kept.last.num_tokens
-        return gain if has_grown and 8 * gain >= owned else 0
+        compacted_at = 0 if last is None else last.num_tokens
+        grown = length - compacted_at
+        if urgent:
+            return gain if gain >= 2 and grown >= manager.block_size else 0
+        return gain if 8 * gain >= owned and 16 * grown >= compacted_at else 0
 
     def _needed_soon(self) -> int:
         """Blocks that may be asked for in the next steps: by whoever decodes one, by prompts that

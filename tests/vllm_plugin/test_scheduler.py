@@ -51,9 +51,9 @@ def start(kind: type[Scheduler], model: str) -> Scheduler:
     )
 
 
-def add(scheduler: Scheduler, name: str, **sampling: Any) -> Request:
+def add(scheduler: Scheduler, name: str, tokens: int = PROMPT, **sampling: Any) -> Request:
     params = SamplingParams(**{"max_tokens": 100, "ignore_eos": True, **sampling})
-    request = Request(name, list(range(PROMPT)), params, None, block_hasher=None)
+    request = Request(name, list(range(tokens)), params, None, block_hasher=None)
     scheduler.add_request(request)
     return request
 
@@ -70,8 +70,8 @@ def finish(scheduler: Scheduler, plan: Any, report: StepReport) -> Any:
 
 
 def prefill(scheduler: Scheduler, name: str) -> list[int]:
-    """Both chunks of its prompt, and a report that vacates nothing yet. Returns its blocks."""
-    for _ in range(PROMPT // 32 - 1):
+    """All chunks of its prompt, and a report that vacates nothing yet. Returns its blocks."""
+    for _ in range(scheduler.requests[name].num_prompt_tokens // 32 - 1):
         finish(scheduler, scheduler.schedule(), StepReport())
     plan = scheduler.schedule()
     owned = scheduler.block_manager.owned_blocks(name)
@@ -139,6 +139,34 @@ def test_only_what_was_given_is_remembered(scheduler: Scheduler) -> None:
     (given,) = manager._given
     assert (given[1], len(given[2])) == ("a", 1), "one more block, at the boundary"
     assert manager.given_since(given[0]) == {}
+
+
+@pytest.mark.parametrize(
+    ("owned", "free", "grown", "ratio", "squeezed"),
+    [
+        (21, 0, 25, 0.5, True),
+        (21, 0, 24, 0.5, True),
+        (20, 0, 16, 0.5, True),
+        (20, 0, 16, 0.9, False),
+        (20, 0, 15, 0.5, False),
+        (19, 0, 100, 0.5, False),
+        (20, 1, 100, 0.5, False),
+    ],
+)
+def test_small_squeezes_before_a_preemption(
+    scheduler: Scheduler, owned: int, free: int, grown: int, ratio: float, squeezed: bool
+) -> None:
+    """Where less is free than runs, a request gives two blocks, if it has grown by one and could
+    give them before; it keeps 256 tokens at least."""
+    request = add(scheduler, "a", 416)
+    manager, blocks = scheduler.block_manager, prefill(scheduler, "a")
+    owned += isinstance(scheduler, FastGenAsyncScheduler)  # whose free pages are counted on
+    manager.vacate("a", blocks[owned:])
+    last = KeptAgain(ratio, request.num_tokens - grown, 100)
+    manager.free_pages["a"], scheduler.kept["a"] = 2 * PAGES, replace(KEPT, last=last)
+    pool = manager.block_pool
+    pool.get_new_blocks(pool.get_num_free_blocks() - free)
+    assert scheduler._squeeze({"a": 1}) == ["a"] * squeezed
 
 
 @pytest.mark.parametrize(("stop", "told"), [(["end"], True), ([], False)])
