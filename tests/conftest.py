@@ -23,6 +23,7 @@ TESTS = str(Path(__file__).parent)
 sys.path.insert(0, TESTS)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
 
+import helpers.quick_interpreter  # noqa: E402, F401
 import pytest  # noqa: E402
 from helpers.engine import Engine  # noqa: E402
 from helpers.models import first_layers  # noqa: E402
@@ -44,4 +45,25 @@ def model(whole_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def engine(model: str) -> Engine:
     """FastGen, float32, ample memory, prompts in chunks of at most 256 tokens, debug mode."""
-    return Engine.start(model, 1 << 30, {"recovery": 0.9, "decode_window": 32})
+    return Engine.start(model, 1 << 28, {"recovery": 0.9, "decode_window": 32})
+
+
+SLOW = ("test_serve.py", "test_runners.py", "test_offline.py", "test_native_build.py")
+"""After them the other programs and builds, in a worker of their own."""
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n 2 --dist worksteal`` each worker begins with a half of what is collected, and then
+    takes over the end of the other's. So the suite's engine is started in one of them, and a server
+    in the other; what is quick comes after both."""
+    own = [item for item in items if "engine" in getattr(item, "fixturenames", ())]
+    slow = [item for item in items if item not in own and _is_slow(item)]
+    slow.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+    quick = [item for item in items if item not in {*own, *slow}]
+    rest = max(0, len(items) // 2 - len(own))
+    items[:] = [*own, *quick[:rest], *slow, *quick[rest:]]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return bool(item.path.name in SLOW or item.get_closest_marker("engine"))

@@ -98,7 +98,8 @@ def start(model: str, dtype: str, backend: str) -> Any:
 def prompts_of(model: str, llm: Any) -> list[list[int]]:
     count, length = SIZES[model][:2]
     if model == "big":
-        return [[(i * 7919 + j * j) % 40009 for j in range(length)] for i in range(count)]
+        tokens = 1999 if TINY else 40009
+        return [[(i * 7919 + j * j) % tokens for j in range(length)] for i in range(count)]
     prose = (WORK / "big/prose.txt").read_text()
     ids = llm.get_tokenizer().encode(prose[: 6 * count * length])
     return [ids[i * length : (i + 1) * length - 7 * i] for i in range(count)]

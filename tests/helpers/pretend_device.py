@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map
 from triton.runtime.interpreter import GridExecutor
 
+import helpers.quick_interpreter  # noqa: F401
+
 META = torch.device("meta")
 DEVICE = META
 """What the tensors say they are on."""

@@ -17,7 +17,7 @@ def main() -> None:
         enable_prefix_caching=caching == "with",
     )
     free = engine.free_blocks()
-    answers = agent_loop(engine, users=4, turns=4)
+    answers = agent_loop(engine, users=3, turns=3)
     assert engine.free_blocks() == free
     Path(target).write_text(json.dumps(answers))
 

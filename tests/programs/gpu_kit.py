@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -25,4 +26,5 @@ if __name__ == "__main__":
         pretend_cuda_build(mode)
         load_on_cpu_then_move()
         sys.argv[0] = str(engine)
+        gc.freeze()  # vLLM collects garbage time and again, and what is imported stays
         runpy.run_path(str(engine), run_name="__main__")

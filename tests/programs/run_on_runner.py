@@ -7,6 +7,7 @@ for missing where it cannot compile for the CPU, so a backend is named that is n
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ def use_runner(version: str) -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if version == "v2" else "0"
     if version == "v2":
         os.environ["TRITON_INTERPRET"] = "1"
+        import helpers.quick_interpreter  # noqa: F401
         from triton.backends import backends
 
         backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # type: ignore
@@ -27,6 +29,7 @@ def use_runner(version: str) -> None:
 def generate(model: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams, __version__
 
+    gc.freeze()  # vLLM collects garbage time and again, and what is imported stays
     llm = LLM(
         model,
         attention_backend="fastgen",
@@ -40,7 +43,7 @@ def generate(model: str) -> dict[str, Any]:
         num_gpu_blocks_override=17,
         disable_log_stats=False,
     )
-    shared, engine = [i * i % 40_009 for i in range(48)], llm.llm_engine
+    shared, engine = [i * i % 1999 for i in range(48)], llm.llm_engine
     for i, n in enumerate((50, 20, 80, 40, 150, 30, 60)):
         params = SamplingParams(
             temperature=0,
@@ -48,7 +51,7 @@ def generate(model: str) -> dict[str, Any]:
             ignore_eos=True,
             extra_args={"fastgen_compress": i % 3 == 0},  # whole ones cannot be squeezed
         )
-        prompt = shared + [(i + 7) * j % 39_989 for j in range(n)]
+        prompt = shared + [(i + 7) * j % 1997 for j in range(n)]
         engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
     outputs: dict[str, Any] = {}
     for step in range(1000):

@@ -13,7 +13,7 @@ def main() -> None:
         model,
         dtype="float32",
         max_model_len=4096,
-        kv_cache_memory_bytes=1 << 30,
+        kv_cache_memory_bytes=1 << 28,
         enforce_eager=True,
         enable_prefix_caching=False,
     )

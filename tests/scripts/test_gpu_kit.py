@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 
 def test_an_engine(tmp_path: Path) -> None:
     """One with dummy weights, whose decode steps are captured and profiled."""
-    first_layers(2, tmp_path / "big")
+    first_layers(2, tmp_path / "big", 4096)
     name = "big-fp32-replayed"
     run_program(PROGRAMS / "gpu_kit.py", name, str(tmp_path), "--tiny", E2E=str(tmp_path))
     found = json.loads((tmp_path / f"{name}.json").read_text())

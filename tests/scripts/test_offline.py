@@ -32,7 +32,7 @@ def run(
         ([], "usage:"),
         (["--device", "tpu", "x"], "--device tpu"),
         (["--part-size", "64M", "x"], "--part-size 64M"),
-        (["--model", "nowhere", "x"], "no model in nowhere"),
+        (["--model", "nowhere", "x"], f"no model in {Path.cwd() / 'nowhere'}"),
         (["--all", "x"], "unknown option --all"),
     ],
 )

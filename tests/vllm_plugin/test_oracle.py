@@ -162,5 +162,5 @@ if __name__ == "__main__":
     _, model_path, case_name, out = sys.argv
     own = CASES[case_name].fastgen
     assert own is not None
-    other = Engine.start(model_path, 1 << 30, own)
+    other = Engine.start(model_path, 1 << 28, own)
     Path(out).write_bytes(pickle.dumps(traces_of(model_path, CASES[case_name], other)))

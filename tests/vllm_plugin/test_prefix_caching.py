@@ -49,7 +49,7 @@ def same_info(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 @pytest.mark.engine
 def test_agent_loop(model: str, tmp_path: Path) -> None:
-    """Four users, four turns, a system prompt of 1,500 tokens, with and without the cache."""
+    """Three users, three turns, a system prompt of 1,500 tokens, with and without the cache."""
 
     def loop(caching: str) -> list[dict[str, Any]]:
         target = tmp_path / f"{caching}.json"
@@ -60,7 +60,7 @@ def test_agent_loop(model: str, tmp_path: Path) -> None:
 
     ours, theirs = loop("with"), loop("without")
     assert [a["output"] for a in ours] == [a["output"] for a in theirs]
-    assert len({a["info"]["kv_recovery"] for a in theirs}) == 16, "they do not differ"
+    assert len({a["info"]["kv_recovery"] for a in theirs}) == 9, "they do not differ"
     for with_cache, without in zip(ours, theirs, strict=True):
         assert without["info"]["vacated_blocks"] > 0 == without["info"]["cached_tokens"]
         same_info(with_cache["info"], without["info"])
