@@ -2,6 +2,7 @@
 # Gathers all that scripts/offline_install.sh needs on a machine without a network: vLLM and its
 # dependencies as wheels, this package and a model, in parts with checksums.
 set -euo pipefail
+from=$PWD
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 
@@ -18,6 +19,10 @@ The bundle is for this machine's kind of CPU and this Python version (PYTHON nam
 TEXT
 }
 
+absolute() { # of where this was called from
+  (cd "$from" && realpath -m -- "$1")
+}
+
 refuse() {
   echo "offline_bundle: $*" >&2
   exit 2
@@ -32,12 +37,15 @@ while [ $# -gt 0 ]; do
   case $1 in
     --device) device=$2 && shift ;;
     --part-size) part_size=$2 && shift ;;
-    --model) model=$2 && shift ;;
+    --model)
+      model=$2 && shift
+      [ "$model" = none ] || model=$(absolute "$model")
+      ;;
     --text-only) without+=("${TEXT_ONLY[@]}") ;;
     --without) without+=("$2") && shift ;;
     -h | --help) usage && exit ;;
     -*) usage >&2 && refuse "unknown option $1" ;;
-    *) out=$1 ;;
+    *) out=$(absolute "$1") ;;
   esac
   shift
 done

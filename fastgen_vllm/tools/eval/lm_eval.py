@@ -90,6 +90,10 @@ def main() -> None:
 
     for job in jobs:
         tasks = TaskManager(include_path=job.pop("include"))
+        known = tasks.all_tasks
+        unknown = [task for task in job["tasks"] if task not in known and not Path(task).is_file()]
+        if unknown:
+            raise ValueError(f"lm-eval has no task {', '.join(unknown)}: see `lm-eval ls tasks`")
         results = lm_eval.simple_evaluate(**job, task_manager=tasks)
         assert results is not None
         jobs.answer(results["results"])
