@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from fastgen_vllm.config import FastGenConfig
 from fastgen_vllm.policy.methods import EVAL_ONLY
 from fastgen_vllm.tools.cli import app
-from fastgen_vllm.tools.eval import natural
+from fastgen_vllm.tools.eval import lm_eval, natural
 from fastgen_vllm.tools.eval.chats import INSTRUCTIONS, well_formed
 from fastgen_vllm.tools.eval.compare import COUNTS, run_eval, variants
 from fastgen_vllm.tools.eval.functions import FUNCTIONS
@@ -215,6 +217,19 @@ def test_texts_that_are_too_short(model: str, task: str) -> None:
     """A prompt is not quietly made of what there is."""
     with pytest.raises(InputError, match=r"Take a smaller --length|take a smaller --length"):
         list(items(load_tokenizer(model), TEXTS, Load((600_000,), {task: 1})))
+
+
+def test_unknown_lm_eval_tasks_are_named_before_an_engine_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known = SimpleNamespace(TaskManager=lambda include_path: SimpleNamespace(all_tasks=["known"]))
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", known)
+    (tmp_path / "own.yaml").touch()
+    job = {"tasks": ["known", str(tmp_path / "own.yaml"), "nowhere"], "include": None}
+    monkeypatch.setattr(lm_eval, "Jobs", lambda: [job])
+    with pytest.raises(ValueError, match=r"no task nowhere: see"):
+        lm_eval.main()
 
 
 def test_where_a_peer_is_better_is_said() -> None:
