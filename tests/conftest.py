@@ -49,7 +49,7 @@ def engine(model: str) -> Engine:
 
 
 SLOW = ("test_serve.py", "test_runners.py", "test_offline.py", "test_native_build.py")
-"""After them the other programs and builds, in a worker of their own."""
+"""After them come the other tests that are marked ``engine`` and do not take the suite's own."""
 
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave

@@ -37,10 +37,8 @@ static void mass_task(void* context, int64_t i) {
 
   const float* rows = task.queries.rows + head * task.queries.padded_rows * lanes;
   float scale = a.scale * kLog2e;
-  int64_t num_rows = a.num_queries * G, bucket = 0, r = 0;
-  if (first_key > a.first_position)  // queries before the tile see none of it
-    r = (first_key - a.first_position + a.position_step - 1) / a.position_step * G / kBlock * kBlock;
-  for (; r < num_rows; r += kBlock) {
+  int64_t num_rows = a.num_queries * G, bucket = 0;
+  for (int64_t r = first_row(a, first_key); r < num_rows; r += kBlock) {
     alignas(64) float scores[kBlock * kTile];
     int64_t n = lower(kBlock, task.queries.padded_rows - r);
     block_scores(a, rows + r * lanes, n, keys, scores, Lane());

@@ -17,11 +17,9 @@ static void peaks_task(void* context, int64_t i) {
   pack_keys<Lane, T>(a, head, tile, keys);
   const float* rows = task.queries.rows + head * task.queries.padded_rows * lanes;
   float scale = a.scale * kLog2e;
-  int64_t num_rows = a.num_queries * G, r = 0;
-  if (first_key > a.first_position)  // queries before the tile see none of it
-    r = (first_key - a.first_position + a.position_step - 1) / a.position_step * G / kBlock * kBlock;
+  int64_t num_rows = a.num_queries * G;
   vf peaks[kTile / W] = {}, sums[kTile / W] = {};
-  for (; r < num_rows; r += kBlock) {
+  for (int64_t r = first_row(a, first_key); r < num_rows; r += kBlock) {
     alignas(64) float scores[kBlock * kTile];
     int64_t n = lower(kBlock, task.queries.padded_rows - r);
     block_scores(a, rows + r * lanes, n, keys, scores, Lane());

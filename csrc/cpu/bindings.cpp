@@ -160,20 +160,29 @@ Tensor attention_lse(const Tensor& query, const Tensor& pages, const Tensor& pag
   return lse;
 }
 
-void attention_mass(const Tensor& query, const Tensor& pages, const Tensor& page_table,
-                    int64_t num_keys, const Tensor& lse, int64_t first_position,
-                    int64_t position_step, const Tensor& bounds, double scale, const Tensor& mass) {
-  AttentionMass a{prefill_arguments(query, pages, page_table, num_keys, scale)};
-  int64_t buckets = bounds.size(0) + 1;
+// What both profiling passes begin with.
+Profiled profiled_arguments(const Tensor& query, const Tensor& pages, const Tensor& page_table,
+                            int64_t num_keys, const Tensor& lse, int64_t first_position,
+                            int64_t position_step, double scale) {
+  Profiled a{prefill_arguments(query, pages, page_table, num_keys, scale)};
   check_lse(lse, query);
-  TORCH_CHECK(mass.dim() == 4 && mass.size(0) == query.size(1) && mass.size(2) >= num_keys &&
-                  mass.size(3) == buckets && mass.stride(3) == 1 && mass.stride(2) == buckets &&
-                  (mass.size(1) == 1 || mass.size(1) == query.size(2)),
-              "fastgen: mass must be [H, 1 or G, keys, bounds + 1]");
   a.first_position = first_position;
   a.position_step = position_step;
   a.lse = lse.data_ptr<float>();
   a.lse_stride = lse.stride(0);
+  return a;
+}
+
+void attention_mass(const Tensor& query, const Tensor& pages, const Tensor& page_table,
+                    int64_t num_keys, const Tensor& lse, int64_t first_position,
+                    int64_t position_step, const Tensor& bounds, double scale, const Tensor& mass) {
+  AttentionMass a{profiled_arguments(query, pages, page_table, num_keys, lse, first_position,
+                                     position_step, scale)};
+  int64_t buckets = bounds.size(0) + 1;
+  TORCH_CHECK(mass.dim() == 4 && mass.size(0) == query.size(1) && mass.size(2) >= num_keys &&
+                  mass.size(3) == buckets && mass.stride(3) == 1 && mass.stride(2) == buckets &&
+                  (mass.size(1) == 1 || mass.size(1) == query.size(2)),
+              "fastgen: mass must be [H, 1 or G, keys, bounds + 1]");
   a.bounds = contiguous<int64_t>(bounds, "bounds");
   a.num_bounds = bounds.size(0);
   a.mass = mass.data_ptr<float>();
@@ -187,16 +196,12 @@ void attention_peaks(const Tensor& query, const Tensor& pages, const Tensor& pag
                      int64_t num_keys, const Tensor& lse, int64_t first_position,
                      int64_t position_step, double scale, const Tensor& peaks,
                      const Tensor& sums) {
-  AttentionPeaks a{prefill_arguments(query, pages, page_table, num_keys, scale)};
-  check_lse(lse, query);
+  AttentionPeaks a{profiled_arguments(query, pages, page_table, num_keys, lse, first_position,
+                                      position_step, scale)};
   for (const Tensor& t : {peaks, sums})
     TORCH_CHECK(t.dim() == 2 && t.size(0) == query.size(1) && t.size(1) >= num_keys &&
                     t.stride(1) == 1 && t.stride(0) == peaks.stride(0),
                 "fastgen: peaks and sums must be [H, keys]");
-  a.first_position = first_position;
-  a.position_step = position_step;
-  a.lse = lse.data_ptr<float>();
-  a.lse_stride = lse.stride(0);
   a.peaks = peaks.data_ptr<float>();
   a.sums = sums.data_ptr<float>();
   a.key_stride = peaks.stride(0);

@@ -35,22 +35,21 @@ struct PrefillAttention : Prefill {
   float* lse;  // [num_queries, num_heads * group]
 };
 
-struct AttentionMass : Prefill {
+struct Profiled : Prefill {
   // Query i has position first_position + i * position_step.
   int64_t first_position, position_step;
   const float* lse;  // [num_queries, num_heads * group]
   int64_t lse_stride;
+};
+
+struct AttentionMass : Profiled {
   const int64_t* bounds;  // ascending
   int64_t num_bounds;
   float* mass;  // [num_heads, mass_groups, *, num_bounds + 1]
   int64_t mass_groups, mass_head_stride, mass_group_stride;
 };
 
-struct AttentionPeaks : Prefill {
-  // Query i has position first_position + i * position_step.
-  int64_t first_position, position_step;
-  const float* lse;  // [num_queries, num_heads * group]
-  int64_t lse_stride;
+struct AttentionPeaks : Profiled {
   float* peaks;  // [num_heads, *]
   float* sums;
   int64_t key_stride;

@@ -130,6 +130,13 @@ static int64_t pack_rows(const Prefill& a, int64_t head, int64_t first, int64_t 
   return all;
 }
 
+// Where the block of rows begins in which the first query sees a tile of keys.
+INLINE int64_t first_row(const Profiled& a, int64_t first_key) {
+  if (first_key <= a.first_position) return 0;
+  int64_t query = (first_key - a.first_position + a.position_step - 1) / a.position_step;
+  return query * a.group / kBlock * kBlock;
+}
+
 // All queries of a prefill, packed: [head][padded_rows][lanes].
 struct PackedQueries {
   const Prefill* a;

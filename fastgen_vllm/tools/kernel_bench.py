@@ -256,11 +256,10 @@ def kernel_figures(shape: ModelShape, dtype: torch.dtype, quick: bool) -> dict[s
     tokens = 1024 if quick else 2048
     prompt = PrefillState(shape, tokens, dtype)
     pairs = shape.num_heads * tokens * (tokens + 1) / 2
-    looks = min(END_QUERIES, tokens)
-    last = shape.num_heads * looks * (tokens - (looks - 1) / 2)
+    end_pairs = shape.num_heads * END_QUERIES * (tokens - (END_QUERIES - 1) / 2)
     passes = {
         "prefill attention": (partial(prompt.attend, cpu), 2 * pairs),
-        f"attention peaks of {looks} queries": (partial(prompt.profile, cpu), last),
+        f"attention peaks of {END_QUERIES} queries": (partial(prompt.profile, cpu), end_pairs),
         "attention mass": (partial(prompt.mass, cpu), pairs),
     }
     for name, (run, products) in passes.items():
