@@ -8,6 +8,7 @@ struct MassTask {
 
 // Adds one row's probabilities to sums[bucket][kTile]. Keys start at distance `far` and come one
 // nearer each; `far_bucket` is that distance's.
+template <int kTile>
 INLINE void add_row(const AttentionMass& a, const vf* p, int64_t far, int64_t far_bucket, float* sums) {
   int64_t low = 0;
   for (int64_t b = far_bucket; b >= 0 && low < kTile; --b) {
@@ -27,6 +28,7 @@ INLINE void add_row(const AttentionMass& a, const vf* p, int64_t far, int64_t fa
 template <class Lane, class T>
 static void mass_task(void* context, int64_t i) {
   const MassTask& task = *(const MassTask*)context;
+  constexpr int kTile = Lane::kTile;
   const AttentionMass& a = *task.a;
   int64_t head = i % a.num_heads, tile = i / a.num_heads, G = a.group;
   int64_t lanes = a.head_size / Lane::kPer, buckets = a.num_bounds + 1, first_key = tile * kTile;
@@ -42,7 +44,7 @@ static void mass_task(void* context, int64_t i) {
     alignas(64) float scores[kBlock * kTile];
     int64_t n = lower(kBlock, task.queries.padded_rows - r);
     block_scores(a, rows + r * lanes, n, keys, scores, Lane());
-    for (int64_t j = r; j < lower(r + kBlock, num_rows); ++j) {
+    for (int64_t j = r; j < lower(r + n, num_rows); ++j) {
       int64_t query = j / G, far = a.first_position + query * a.position_step - first_key;
       if (far < 0) continue;
       while (bucket < a.num_bounds && a.bounds[bucket] <= far) ++bucket;
@@ -63,7 +65,7 @@ static void mass_task(void* context, int64_t i) {
           store(to, load(to) + p[v]);
         }
       else
-        add_row(a, p, far, bucket, own);
+        add_row<kTile>(a, p, far, bucket, own);
     }
   }
   int64_t num_keys = lower(kTile, a.num_keys - first_key);
@@ -79,7 +81,7 @@ template <class T>
 static void attention_mass_of(const AttentionMass& a) {
   typedef typename LaneOf<T>::type Lane;
   MassTask task{&a, pack_queries<Lane, T>(a)};
-  int64_t num_tiles = (a.num_keys + kTile - 1) / kTile;
+  int64_t num_tiles = (a.num_keys + Lane::kTile - 1) / Lane::kTile;
   a.parallel(a.num_heads * num_tiles, mass_task<Lane, T>, &task);
 }
 

@@ -10,6 +10,7 @@ struct PeaksTask {
 template <class Lane, class T>
 static void peaks_task(void* context, int64_t i) {
   const PeaksTask& task = *(const PeaksTask*)context;
+  constexpr int kTile = Lane::kTile;
   const AttentionPeaks& a = *task.a;
   int64_t head = i % a.num_heads, tile = i / a.num_heads, G = a.group;
   int64_t lanes = a.head_size / Lane::kPer, first_key = tile * kTile;
@@ -23,7 +24,7 @@ static void peaks_task(void* context, int64_t i) {
     alignas(64) float scores[kBlock * kTile];
     int64_t n = lower(kBlock, task.queries.padded_rows - r);
     block_scores(a, rows + r * lanes, n, keys, scores, Lane());
-    for (int64_t j = r; j < lower(r + kBlock, num_rows); ++j) {
+    for (int64_t j = r; j < lower(r + n, num_rows); ++j) {
       int64_t query = j / G, far = a.first_position + query * a.position_step - first_key;
       if (far < 0) continue;
       float minus_lse = -a.lse[query * a.lse_stride + head * G + j % G] * kLog2e;
@@ -49,7 +50,7 @@ template <class T>
 static void attention_peaks_of(const AttentionPeaks& a) {
   typedef typename LaneOf<T>::type Lane;
   PeaksTask task{&a, pack_queries<Lane, T>(a)};
-  int64_t num_tiles = (a.num_keys + kTile - 1) / kTile;
+  int64_t num_tiles = (a.num_keys + Lane::kTile - 1) / Lane::kTile;
   a.parallel(a.num_heads * num_tiles, peaks_task<Lane, T>, &task);
 }
 

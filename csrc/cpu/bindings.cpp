@@ -150,16 +150,6 @@ Tensor prefill_attention(const Tensor& query, const Tensor& pages, const Tensor&
   return lse;
 }
 
-Tensor attention_lse(const Tensor& query, const Tensor& pages, const Tensor& page_table,
-                     int64_t num_keys, double scale) {
-  Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, at::kFloat);
-  if (!query.size(0)) return lse;
-  PrefillAttention a{prefill_arguments(query, pages, page_table, num_keys, scale)};
-  a.lse = lse.data_ptr<float>();
-  kernels().attention_lse(a);
-  return lse;
-}
-
 // What both profiling passes begin with.
 Profiled profiled_arguments(const Tensor& query, const Tensor& pages, const Tensor& page_table,
                             int64_t num_keys, const Tensor& lse, int64_t first_position,
@@ -358,10 +348,6 @@ TORCH_LIBRARY(fastgen, m) {
       "prefill_attention(Tensor query, Tensor pages, Tensor page_table, int num_keys, float scale, "
       "Tensor(a!) output) -> Tensor",
       prefill_attention);
-  m.def(
-      "attention_lse(Tensor query, Tensor pages, Tensor page_table, int num_keys, float scale) "
-      "-> Tensor",
-      attention_lse);
   m.def(
       "attention_mass(Tensor query, Tensor pages, Tensor page_table, int num_keys, Tensor lse, "
       "int first_position, int position_step, Tensor bounds, float scale, Tensor(a!) mass) -> ()",

@@ -125,7 +125,6 @@ float* scratch(Scratch use, int64_t n);
 
 struct Kernels {
   void (*prefill_attention)(const PrefillAttention&);
-  void (*attention_lse)(const PrefillAttention&);  // writes lse alone
   void (*attention_mass)(const AttentionMass&);
   void (*attention_peaks)(const AttentionPeaks&);
   void (*value_norms)(const ValueNorms&);

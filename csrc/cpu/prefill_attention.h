@@ -11,6 +11,7 @@ struct PrefillTask {
 template <class Lane, class T>
 static void pack_values(const Prefill& a, int64_t head, int64_t tile, float* to) {
   typedef typename Lane::Element Element;
+  constexpr int kTile = Lane::kTile;
   Element* out = (Element*)to;
   for (int64_t j = 0; j < kTile; ++j) {
     int64_t key = tile * kTile + j;
@@ -27,7 +28,7 @@ static void pack_values(const Prefill& a, int64_t head, int64_t tile, float* to)
 template <class Lane, class T>
 static void pack_task(void* context, int64_t i) {
   const PrefillTask& task = *(const PrefillTask*)context;
-  int64_t size = task.a->head_size / Lane::kPer * kTile;
+  int64_t size = task.a->head_size / Lane::kPer * Lane::kTile;
   pack_keys<Lane, T>(*task.a, i / task.num_tiles, i % task.num_tiles, task.keys + i * size);
   pack_values<Lane, T>(*task.a, i / task.num_tiles, i % task.num_tiles, task.values + i * size);
 }
@@ -37,6 +38,7 @@ static void pack_task(void* context, int64_t i) {
 template <class Lane>
 INLINE float softmax_row(
     const float* scores, int64_t num_visible, float scale, float& row_max, float* row_sum, float* to) {
+  constexpr int kTile = Lane::kTile;
   vf x[kTile / W], best = splat(kMinusInfinity);
   for (int v = 0; v < kTile / W; ++v) {
     x[v] = load(scores + v * W) * scale;
@@ -63,7 +65,7 @@ INLINE float softmax_row(
 template <int V>
 INLINE void accumulate(const float* probs, const float* values, int64_t num_seen,
                        int64_t head_size, const float* shrink, float* out) {
-  constexpr int kRows = FloatLane::kRows;
+  constexpr int kRows = FloatLane::kRows, kTile = FloatLane::kTile;
   vf acc[kRows][V];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = load(out + r * head_size + v * W) * shrink[r];
@@ -84,6 +86,7 @@ INLINE void accumulate(const float* probs, const float* values, int64_t num_seen
 INLINE void accumulate_block(const Prefill& a, const float* probs, int64_t num_rows,
                              const float* values, int64_t num_seen, const float* shrink, float* out,
                              FloatLane) {
+  constexpr int kTile = FloatLane::kTile;
   int64_t D = a.head_size;
   for (int64_t r = 0; r < num_rows; r += FloatLane::kRows) {
     int64_t d = 0;
@@ -101,13 +104,14 @@ INLINE void accumulate_block(const Prefill& a, const float* probs, int64_t num_r
     if (shrink[r] != 1.0f)
       for (float* to = out + r * a.head_size; to < out + (r + 1) * a.head_size; to += W)
         store(to, load(to) * shrink[r]);
-  a.multiply(num_rows, a.head_size, kTile, true, probs, values, out);
+  a.multiply(num_rows, a.head_size, PairLane::kTile, true, probs, values, out);
 }
 #endif
 
 template <class Lane, class T>
 static void prefill_task(void* context, int64_t i) {
   const PrefillTask& task = *(const PrefillTask*)context;
+  constexpr int kTile = Lane::kTile;
   const PrefillAttention& a = *task.a;
   // The last queries see the most keys: they go first, so that threads end together.
   int64_t head = i % a.num_heads, D = a.head_size, G = a.group;
@@ -154,7 +158,8 @@ static void prefill_task(void* context, int64_t i) {
 template <class T>
 static void prefill_attention_of(const PrefillAttention& a) {
   typedef typename LaneOf<T>::type Lane;
-  PrefillTask task{&a, (a.num_keys + kTile - 1) / kTile, higher(1, 96 / a.group), 0, 0, 0};
+  constexpr int kTile = Lane::kTile;
+  PrefillTask task{&a, (a.num_keys + kTile - 1) / kTile, higher(1, kBlock / a.group), 0, 0, 0};
   task.num_query_tiles = (a.num_queries + task.tile_queries - 1) / task.tile_queries;
   int64_t num_packed = a.num_heads * task.num_tiles, size = a.head_size / Lane::kPer * kTile;
   task.keys = scratch(Scratch::packed_keys, 2 * num_packed * size);

@@ -1,14 +1,14 @@
 // Tiles of Q K^T for prefill. A lane is 32 bits of the head dimension: one float, or a pair of
 // bf16 where the machine multiplies pairs. Keys are packed lane-major, [lane][kTile keys], so that
-// a tile of scores needs no horizontal sum. Floats are multiplied here, pairs by a library.
+// a tile of scores needs no horizontal sum. Floats are multiplied here, pairs by a library, which
+// with AMX wants few large products: each of another shape waits for another layout of its tiles.
 
-constexpr int kTile = 64;                     // keys
-constexpr int kBlock = 48;                    // rows (query, group) of a block of scores
-constexpr int kVecs = W == 16 ? 4 : 2;        // vectors of a register block
+constexpr int kBlock = 96;              // most rows (query, group) of a block of scores
+constexpr int kVecs = W == 16 ? 4 : 2;  // vectors of a register block
 
 struct FloatLane {
   typedef float Element;
-  static constexpr int kPer = 1, kRows = 6;  // rows of a register block
+  static constexpr int kTile = 64, kPer = 1, kRows = 6;  // keys; rows of a register block
   static inline __attribute__((always_inline)) vf dot(vf acc, vf a, vf b) { return a * b + acc; }
   template <class T>
   static inline __attribute__((always_inline)) vf load_row(const T* p) { return load(p); }
@@ -21,7 +21,7 @@ struct FloatLane {
 #ifdef FASTGEN_BF16
 struct PairLane {
   typedef bf16 Element;
-  static constexpr int kPer = 2, kRows = 16;  // rows of a tile of AMX
+  static constexpr int kTile = 128, kPer = 2, kRows = 16;  // keys; rows of a tile of AMX
   static inline __attribute__((always_inline)) vf dot(vf acc, vf a, vf b) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   }
@@ -68,6 +68,7 @@ INLINE const T* slot_of(const Prefill& a, int64_t head, int64_t key) {
 template <class Lane, class T>
 static void pack_keys(const Prefill& a, int64_t head, int64_t tile, float* to) {
   typedef typename Lane::Element Element;
+  constexpr int kTile = Lane::kTile;
   int64_t lanes = a.head_size / Lane::kPer;
   alignas(64) float row[256];
   for (int64_t j = 0; j < kTile; ++j) {
@@ -82,7 +83,7 @@ static void pack_keys(const Prefill& a, int64_t head, int64_t tile, float* to) {
 
 // scores[r][kTile] = rows[r] . keys, unscaled, of a register block.
 INLINE void tile_scores(const float* rows, int64_t lanes, const float* keys, float* scores) {
-  constexpr int kRows = FloatLane::kRows;
+  constexpr int kRows = FloatLane::kRows, kTile = FloatLane::kTile;
   for (int k = 0; k < kTile; k += kVecs * W) {
     vf acc[kRows][kVecs] = {};
     for (int64_t l = 0; l < lanes; ++l) {
@@ -102,12 +103,12 @@ INLINE void tile_scores(const float* rows, int64_t lanes, const float* keys, flo
 INLINE void block_scores(const Prefill& a, const float* rows, int64_t num_rows, const float* keys,
                          float* scores, FloatLane) {
   for (int64_t r = 0; r < num_rows; r += FloatLane::kRows)
-    tile_scores(rows + r * a.head_size, a.head_size, keys, scores + r * kTile);
+    tile_scores(rows + r * a.head_size, a.head_size, keys, scores + r * FloatLane::kTile);
 }
 #ifdef FASTGEN_BF16
 INLINE void block_scores(const Prefill& a, const float* rows, int64_t num_rows, const float* keys,
                          float* scores, PairLane) {
-  a.multiply(num_rows, kTile, a.head_size, false, rows, keys, scores);
+  a.multiply(num_rows, PairLane::kTile, a.head_size, false, rows, keys, scores);
 }
 #endif
 

@@ -68,11 +68,9 @@ class PromptBatch:
     """Chunks of ``N`` prompts that one step encodes, with ``T`` tokens together, in order.
 
     Attributes:
-        lengths: of the chunks; this and the next three on the host.
+        lengths: of the chunks; this and the next two on the host.
         num_keys: tokens of each prompt so far, of which the chunk's are the last.
         num_blocks: in which those lie.
-        first_lse: of each chunk, the first query whose log-sum-exp is wanted; its length where
-            none is.
         starts: int32 ``[N + 1]``, where the chunks begin, and ``T``.
         seen: int32 ``[N]``, as ``num_keys``.
         block_table: int32 ``[N, B]``, the prompts' blocks in order, padded with 0. Page ``h`` of
@@ -82,7 +80,6 @@ class PromptBatch:
     lengths: Sequence[int]
     num_keys: Sequence[int]
     num_blocks: Sequence[int]
-    first_lse: Sequence[int]
     starts: torch.Tensor
     seen: torch.Tensor
     block_table: torch.Tensor
@@ -98,10 +95,8 @@ class PromptBatch:
         num_heads: int,
         pages_per_block: int,
         device: torch.device,
-        first_lse: Sequence[int] | None = None,
     ) -> PromptBatch:
-        """``blocks``: int64 on the host, those of each prompt's keys. Without ``first_lse`` all are
-        wanted."""
+        """``blocks``: int64 on the host, those of each prompt's keys."""
         n, counts = len(blocks), [*map(len, blocks)]
         width = max(counts)
         numbers = torch.tensor(
@@ -112,8 +107,8 @@ class PromptBatch:
             row[: len(own)] = own
         sent = to_device(torch.cat([numbers, table.flatten()]), device)
         starts, seen, table = sent.split([n + 1, n, n * width])
-        on_host = (lengths, num_keys, counts, [0] * n if first_lse is None else first_lse)
-        return cls(*on_host, starts, seen, table.view(n, width), num_heads, pages_per_block)
+        on_device = starts, seen, table.view(n, width)
+        return cls(lengths, num_keys, counts, *on_device, num_heads, pages_per_block)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from fastgen_vllm.kernels import libraries
 from fastgen_vllm.kernels.contract import (
     PEAK_DISTANCE,
     DecodeBatch,
@@ -22,7 +21,7 @@ from fastgen_vllm.kernels.contract import (
     PromptBatch,
     PromptKeys,
 )
-from fastgen_vllm.kernels.reference import free_pages, gather_keys, move_pages
+from fastgen_vllm.kernels.reference import free_pages, move_pages
 
 __all__ = [
     "NAME",
@@ -42,12 +41,9 @@ __all__ = [
 NAME = "native"
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LEAST_QUERIES = 64
-"""A library attends for chunks of so many queries: it has all keys gathered, however few look."""
 OPERATIONS = (
     "write_kv",
     "prefill_attention",
-    "attention_lse",
     "attention_mass",
     "attention_peaks",
     "value_norms",
@@ -119,36 +115,16 @@ def prefill_attention(
     scale: float,
     output: torch.Tensor,
 ) -> torch.Tensor:
+    dtype, attend = kv.dtype, torch.ops.fastgen.prefill_attention
+    query, same = query.to(dtype), output.dtype == dtype
+    attended = output if same else torch.empty_like(query)
     lse = torch.empty(query.shape[:3])
-    for (own, keys), first in zip(prompts.chunks(kv), prompts.first_lse, strict=True):
-        _attend(query[own], keys, scale, output[own], lse[own], first)
-    return lse
-
-
-def _attend(
-    query: torch.Tensor,
-    keys: PromptKeys,
-    scale: float,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    first_lse: int,
-) -> None:
-    """By a library where one is faster here, for more than a few queries. It gives no log-sum-exps,
-    and a few of them cost little. ``output`` and ``lse`` are written."""
-    dtype, ops = keys.kv.dtype, torch.ops.fastgen
-    c, query = len(query), query.to(dtype)
-    where = (keys.kv, keys.page_table, keys.num_keys, scale)
-    library = libraries.on_cpu.get((dtype, query.shape[-1]))
-    if library is None or c < LEAST_QUERIES:
-        attended = output if output.dtype == dtype else torch.empty_like(query)
-        lse.copy_(ops.prefill_attention(query, *where, attended))
-    elif c - first_lse <= c // 2:
-        attended = library(query, *gather_keys(keys), scale)
-        lse[first_lse:] = ops.attention_lse(query[first_lse:], *where)
-    else:
-        attended, lse[:] = libraries.sdpa_of(query, *gather_keys(keys), scale)
-    if attended is not output:
+    for own, keys in prompts.chunks(kv):
+        where = (kv, keys.page_table, keys.num_keys, scale)
+        lse[own] = attend(query[own], *where, attended[own])
+    if not same:
         output.copy_(attended)
+    return lse
 
 
 def attention_mass(

@@ -19,13 +19,6 @@ from fastgen_vllm.kernels.reference import gather_keys
 Attend = Callable[[torch.Tensor, torch.Tensor, PromptBatch, float, torch.Tensor], torch.Tensor]
 """As ``reference.prefill_attention``, for a query and an output in the dtype of the cache."""
 
-AttendOnly = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""Causal attention of the last ``c`` of ``m`` tokens: query ``[c, H, G, D]``, key and value
-``[m, H, D]`` and a scale give the output ``[c, H, G, D]``."""
-
-on_cpu: dict[tuple[torch.dtype, int], AttendOnly] = {}
-"""By dtype and head size, what attends faster on this CPU than the native kernels."""
-
 
 def _one_by_one(
     attend: Callable[
@@ -52,7 +45,8 @@ def _one_by_one(
 def sdpa_of(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``AttendOnly``, and the LSE, float32 ``[c, H, G]``.
+    """Causal attention of the last ``c`` of ``m`` tokens: query ``[c, H, G, D]``, key and value
+    ``[m, H, D]`` and a scale give the output ``[c, H, G, D]`` and the LSE, float32 ``[c, H, G]``.
 
     PyTorch's causal mask starts at the first key, so the prefix and the chunk itself are attended
     separately and merged.

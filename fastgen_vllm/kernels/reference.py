@@ -80,8 +80,7 @@ def prefill_attention(
         output: ``[T, H, G, D]``, written.
 
     Returns:
-        lse float32 ``[T, H, G]``, the log-sum-exp of each query's scaled scores, where
-        ``prompts.first_lse`` wants it.
+        lse float32 ``[T, H, G]``, the log-sum-exp of each query's scaled scores.
     """
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     for own, keys in prompts.chunks(kv):

@@ -30,8 +30,7 @@ class PromptChunk:
 
     Attributes:
         query: ``[c, H, G, D]``, the last ``c`` of the keys' tokens.
-        lse: float32 ``[c, H, G]``, log-sum-exp of the scaled scores of each query, from
-            ``first_lse`` of the profile on.
+        lse: float32 ``[c, H, G]``, log-sum-exp of the scaled scores of each query.
         scale: what scores are multiplied by.
     """
 
@@ -98,12 +97,6 @@ class PromptProfile:
         log_weights = (weights / self.most_weight).log()
         self.log_weights = log_weights if profiling.peaks else to_device(log_weights, device)
         """Those of peaks travel with the step's other numbers."""
-
-    def first_lse(self, start: int, end: int) -> int:
-        """Of a chunk of tokens ``[start, end)``, the first query that is looked at; the chunk's
-        length where none is."""
-        looked_at = min(run.first for run in self.runs)
-        return min(max(looked_at - start, 0), end - start)
 
     def runs_in(self, start: int, end: int) -> Iterator[QueryRun]:
         """What is looked at of tokens ``[start, end)``."""

@@ -78,7 +78,7 @@ class Encoding:
     ) -> Encoding:
         device, block_size = pool.kv.device, pool.block_size
         page_slots = pool.pages_per_block * block_size
-        blocks, lengths, first_lse, slots = [], [], [], []
+        blocks, lengths, slots = [], [], []
         peaks, by_mass, row = [], [], 0
         for i, chunk in enumerate(chunks):
             prefill, first, end = prefills[chunk.request_id], chunk.first, chunk.end
@@ -86,21 +86,16 @@ class Encoding:
             position = torch.arange(first, end)
             block = own[position // block_size]
             slots.append(block * page_slots + position % block_size)
-            wanted = end - first
             for profile in prefill.profiles:
-                wanted = min(wanted, profile.first_lse(first, end))
                 if profile.profiling.peaks:
                     peaks.append((i, row, first, end, profile))
                 else:
                     by_mass.append((i, profile))
             blocks.append(own)
             lengths.append(end - first)
-            first_lse.append(wanted)
             row += end - first
         num_heads, ends = pool.num_kv_heads, [chunk.end for chunk in chunks]
-        prompts = PromptBatch.of(
-            blocks, lengths, ends, num_heads, pool.pages_per_block, device, first_lse
-        )
+        prompts = PromptBatch.of(blocks, lengths, ends, num_heads, pool.pages_per_block, device)
         of_heads = torch.arange(0, num_heads * block_size, block_size, device=device)
         of_tokens = to_device(torch.cat(slots), device)[:, None] + of_heads
         return cls(tokens, prompts, of_tokens, Gathering.of(peaks, device), by_mass)

@@ -96,10 +96,9 @@ class Prompt:
         ((_, keys),) = batch_of([self]).chunks(self.kv)
         return keys
 
-    def attend(self, kernels: Kernels, output: torch.Tensor, first_lse: int = 0) -> torch.Tensor:
+    def attend(self, kernels: Kernels, output: torch.Tensor) -> torch.Tensor:
         """The log-sum-exps."""
-        prompts = batch_of([self], [first_lse])
-        return kernels.prefill_attention(self.query, self.kv, prompts, SCALE, output)
+        return kernels.prefill_attention(self.query, self.kv, batch_of([self]), SCALE, output)
 
     def probs(self) -> torch.Tensor:
         """``[H, G, c, m]`` in float64, by explicit loops over heads."""
@@ -114,7 +113,7 @@ class Prompt:
         return probs
 
 
-def batch_of(prompts: list[Prompt], first_lse: list[int] | None = None) -> PromptBatch:
+def batch_of(prompts: list[Prompt]) -> PromptBatch:
     return PromptBatch.of(
         [prompt.blocks for prompt in prompts],
         [len(prompt.query) for prompt in prompts],
@@ -122,7 +121,6 @@ def batch_of(prompts: list[Prompt], first_lse: list[int] | None = None) -> Promp
         HEADS,
         PAGES_PER_BLOCK,
         prompts[0].kv.device,
-        first_lse,
     )
 
 
@@ -154,10 +152,10 @@ def prefill_and_mass(
             assert (mass[:, :, m:] == 1).all()
 
 
-def last_lse(
+def log_sum_exps(
     kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed: int = 0
 ) -> None:
-    """The log-sum-exps of a chunk's last queries, of one and of none, beside another prompt's."""
+    """Of a chunk and of another prompt beside it."""
     torch.manual_seed(seed)
     prompts = Prompt.several(kernels, [(c, m), (70, 70)], group, 64, dtype)
     prompt, every = prompts[0], torch.cat([each.query for each in prompts])
@@ -166,14 +164,13 @@ def last_lse(
     causal = torch.ones(c, m).tril(m - c).bool()[:, None, None]
     wanted = scores.masked_fill(~causal, float("-inf")).logsumexp(-1)
     attended = torch.einsum("hgqk,khd->qhgd", prompt.probs(), prompt.value.double())
-    for first in (c - c // 3, c - 1, c):
-        output = torch.full_like(every, float("nan"))
-        batch = batch_of(prompts, [first, 69])
-        lse = kernels.prefill_attention(every, prompt.kv, batch, SCALE, output)
-        close(output[:c], attended, dtype)
-        close(lse[first:c], wanted[first:], dtype)
-        alone = prompts[1].attend(kernels, torch.empty_like(prompts[1].query), 69)
-        close(lse[-1], alone[-1].double(), dtype)
+    output = torch.full_like(every, float("nan"))
+    lse = kernels.prefill_attention(every, prompt.kv, batch_of(prompts), SCALE, output)
+    close(output[:c], attended, dtype)
+    close(lse[:c], wanted, dtype)
+    beside = torch.empty_like(prompts[1].query)
+    close(lse[c:], prompts[1].attend(kernels, beside).double(), dtype)
+    close(output[c:], beside.double(), dtype)
 
 
 def peaks(kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype, seed: int = 0) -> None:
