@@ -43,7 +43,7 @@ static void mass_task(void* context, int64_t i) {
   for (int64_t r = first_row(a, first_key); r < num_rows; r += kBlock) {
     alignas(64) float scores[kBlock * kTile];
     int64_t n = lower(kBlock, task.queries.padded_rows - r);
-    block_scores(a, rows + r * lanes, n, keys, scores, Lane());
+    block_scores(a, rows + r * lanes, n, keys, kTile, scores, Lane());
     for (int64_t j = r; j < lower(r + n, num_rows); ++j) {
       int64_t query = j / G, far = a.first_position + query * a.position_step - first_key;
       if (far < 0) continue;

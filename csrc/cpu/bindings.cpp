@@ -18,9 +18,10 @@ namespace {
 using at::Tensor;
 
 // By oneDNN, which multiplies with AMX where the machine has it.
-void multiply(int64_t m, int64_t n, int64_t k, bool add, const void* a, const void* b, float* c) {
+void multiply(int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride, bool add,
+              const void* a, const void* b, float* c) {
   using at::BFloat16;
-  at::native::cpublas::brgemm(m, n, k, k, n, n, add, static_cast<const BFloat16*>(a),
+  at::native::cpublas::brgemm(m, n, k, a_stride, b_stride, b_stride, add, static_cast<const BFloat16*>(a),
                               static_cast<const BFloat16*>(b), c);
 }
 
@@ -35,7 +36,7 @@ bool multiplies() {
   try {
     std::vector<at::BFloat16> ones(16 * 16, 1.0f);
     std::vector<float> product(16 * 16);
-    multiply(16, 16, 16, false, ones.data(), ones.data(), product.data());
+    multiply(16, 16, 16, 16, 16, false, ones.data(), ones.data(), product.data());
     return product.back() == 16.0f;
   } catch (const std::exception&) {
     return false;

@@ -33,14 +33,13 @@ static void pack_task(void* context, int64_t i) {
   pack_values<Lane, T>(*task.a, i / task.num_tiles, i % task.num_tiles, task.values + i * size);
 }
 
-// Turns one row of scores into probabilities 2^(score - max), as lanes. Returns the factor by
+// Turns one row of kKeys scores into probabilities 2^(score - max), as lanes. Returns the factor by
 // which what was accumulated under the old maximum must shrink.
-template <class Lane>
+template <class Lane, int kKeys>
 INLINE float softmax_row(
     const float* scores, int64_t num_visible, float scale, float& row_max, float* row_sum, float* to) {
-  constexpr int kTile = Lane::kTile;
-  vf x[kTile / W], best = splat(kMinusInfinity);
-  for (int v = 0; v < kTile / W; ++v) {
+  vf x[kKeys / W], best = splat(kMinusInfinity);
+  for (int v = 0; v < kKeys / W; ++v) {
     x[v] = load(scores + v * W) * scale;
     if (num_visible < (v + 1) * W)
       x[v] = iota() + v * W < (int32_t)num_visible ? x[v] : splat(kMinusInfinity);
@@ -52,7 +51,7 @@ INLINE float softmax_row(
     row_max = new_max;
   }
   vf sum = load(row_sum) * shrink;
-  for (int v = 0; v < kTile / W; v += 2) {
+  for (int v = 0; v < kKeys / W; v += 2) {
     vf low = exp2_nonpositive(x[v] - row_max), high = exp2_nonpositive(x[v + 1] - row_max);
     sum += low + high;
     store_lanes(to + v * W / Lane::kPer, low, high, Lane());
@@ -81,30 +80,30 @@ INLINE void accumulate(const float* probs, const float* values, int64_t num_seen
     for (int v = 0; v < V; ++v) store(out + r * head_size + v * W, acc[r][v]);
 }
 
-// The same of num_rows as in block_scores, and of whole heads. From num_seen on probabilities are 0
-// but in rows that pad.
+// The same of num_rows as in block_scores, and of whole heads. From num_keys of the tile on nothing
+// is seen.
 INLINE void accumulate_block(const Prefill& a, const float* probs, int64_t num_rows,
-                             const float* values, int64_t num_seen, const float* shrink, float* out,
+                             const float* values, int64_t num_keys, const float* shrink, float* out,
                              FloatLane) {
   constexpr int kTile = FloatLane::kTile;
   int64_t D = a.head_size;
   for (int64_t r = 0; r < num_rows; r += FloatLane::kRows) {
     int64_t d = 0;
     for (; d + kVecs * W <= D; d += kVecs * W)
-      accumulate<kVecs>(probs + r * kTile, values + d, num_seen, D, shrink + r, out + r * D + d);
+      accumulate<kVecs>(probs + r * kTile, values + d, num_keys, D, shrink + r, out + r * D + d);
     for (; d < D; d += W)
-      accumulate<1>(probs + r * kTile, values + d, num_seen, D, shrink + r, out + r * D + d);
+      accumulate<1>(probs + r * kTile, values + d, num_keys, D, shrink + r, out + r * D + d);
   }
 }
 #ifdef FASTGEN_BF16
 INLINE void accumulate_block(const Prefill& a, const float* probs, int64_t num_rows,
-                             const float* values, int64_t num_seen, const float* shrink, float* out,
+                             const float* values, int64_t num_keys, const float* shrink, float* out,
                              PairLane) {
   for (int64_t r = 0; r < num_rows; ++r)
     if (shrink[r] != 1.0f)
       for (float* to = out + r * a.head_size; to < out + (r + 1) * a.head_size; to += W)
         store(to, load(to) * shrink[r]);
-  a.multiply(num_rows, a.head_size, PairLane::kTile, true, probs, values, out);
+  a.multiply(num_rows, a.head_size, num_keys, PairLane::kTile, a.head_size, true, probs, values, out);
 }
 #endif
 
@@ -136,14 +135,19 @@ static void prefill_task(void* context, int64_t i) {
       int64_t num_seen = lower(kTile, newest - tile * kTile + 1);
       if (num_seen <= 0) continue;
       alignas(64) float scores[kBlock * kTile], probs[kBlock * kTile], shrink[kBlock];
-      block_scores(a, rows + r * lanes, n, keys, scores, Lane());
+      // A whole tile, or half of one where that is seen.
+      int64_t num_keys = num_seen > kTile / 2 ? kTile : kTile / 2;
+      block_scores(a, rows + r * lanes, n, keys, num_keys, scores, Lane());
       for (int j = 0; j < n; ++j) {
         int64_t visible = first + (r + j) / G + offset - tile * kTile + 1;
         visible = visible < 0 ? 0 : visible > kTile ? kTile : visible;
-        shrink[j] = softmax_row<Lane>(scores + j * kTile, visible, scale, maxima[r + j],
-                                      sums + (r + j) * W, probs + j * (kTile / Lane::kPer));
+        float *sum = sums + (r + j) * W, *to = probs + j * (kTile / Lane::kPer);
+        shrink[j] = num_keys == kTile ? softmax_row<Lane, kTile>(scores + j * kTile, visible, scale,
+                                                                 maxima[r + j], sum, to)
+                                      : softmax_row<Lane, kTile / 2>(scores + j * kTile, visible,
+                                                                     scale, maxima[r + j], sum, to);
       }
-      accumulate_block(a, probs, n, values, num_seen, shrink, out + r * D, Lane());
+      accumulate_block(a, probs, n, values, num_keys, shrink, out + r * D, Lane());
     }
   }
   for (int64_t r = 0; r < (last - first) * G; ++r) {

@@ -81,10 +81,11 @@ static void pack_keys(const Prefill& a, int64_t head, int64_t tile, float* to) {
   }
 }
 
-// scores[r][kTile] = rows[r] . keys, unscaled, of a register block.
-INLINE void tile_scores(const float* rows, int64_t lanes, const float* keys, float* scores) {
+// scores[r][kTile] = rows[r] . keys, unscaled, of a register block and the first num_keys.
+INLINE void tile_scores(const float* rows, int64_t lanes, const float* keys, int64_t num_keys,
+                        float* scores) {
   constexpr int kRows = FloatLane::kRows, kTile = FloatLane::kTile;
-  for (int k = 0; k < kTile; k += kVecs * W) {
+  for (int k = 0; k < num_keys; k += kVecs * W) {
     vf acc[kRows][kVecs] = {};
     for (int64_t l = 0; l < lanes; ++l) {
       vf key[kVecs];
@@ -101,14 +102,15 @@ INLINE void tile_scores(const float* rows, int64_t lanes, const float* keys, flo
 
 // The same of num_rows, at most kBlock and a multiple of Lane::kRows.
 INLINE void block_scores(const Prefill& a, const float* rows, int64_t num_rows, const float* keys,
-                         float* scores, FloatLane) {
+                         int64_t num_keys, float* scores, FloatLane) {
   for (int64_t r = 0; r < num_rows; r += FloatLane::kRows)
-    tile_scores(rows + r * a.head_size, a.head_size, keys, scores + r * FloatLane::kTile);
+    tile_scores(rows + r * a.head_size, a.head_size, keys, num_keys,
+                scores + r * FloatLane::kTile);
 }
 #ifdef FASTGEN_BF16
 INLINE void block_scores(const Prefill& a, const float* rows, int64_t num_rows, const float* keys,
-                         float* scores, PairLane) {
-  a.multiply(num_rows, PairLane::kTile, a.head_size, false, rows, keys, scores);
+                         int64_t num_keys, float* scores, PairLane) {
+  a.multiply(num_rows, num_keys, a.head_size, a.head_size, PairLane::kTile, false, rows, keys, scores);
 }
 #endif
 

@@ -8,7 +8,7 @@ does; every other implementation gives the same. Kernels know numbers of heads, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
@@ -184,13 +184,15 @@ class Looks:
         self, query: torch.Tensor, lse: torch.Tensor, prompts: PromptBatch, kv: torch.Tensor
     ) -> Iterator[tuple[ProfiledQueries, PromptKeys]]:
         """One after the other, of a layer."""
-        keys = [own for _, own in prompts.chunks(kv)]
-        log_weights = self.log_weights.split([look.queries for look in self.each])
-        for look, weight in zip(self.each, log_weights, strict=True):
+        for look, weight in zip(self.each, self._weight_of_each, strict=True):
             own = slice(look.first, look.first + look.queries * look.step, look.step)
-            counted = lse[own] - weight[:, None, None]
-            queries = ProfiledQueries(query[own], counted, look.position, look.step)
-            yield queries, replace(keys[look.prompt], num_keys=look.num_keys)
+            queries = ProfiledQueries(query[own], lse[own] - weight, look.position, look.step)
+            yield queries, PromptKeys(kv, prompts.page_tables[look.prompt], look.num_keys)
+
+    @cached_property
+    def _weight_of_each(self) -> list[torch.Tensor]:
+        split = self.log_weights.split([look.queries for look in self.each])
+        return [weight[:, None, None] for weight in split]
 
 
 @dataclass(frozen=True)
