@@ -3,13 +3,13 @@ figures of GPUs do nothing in the whole process."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from fastgen_vllm.kernels import cpu
 from fastgen_vllm.vllm_plugin.worker import FastGenWorkerMixin
 
 
@@ -18,23 +18,13 @@ class FastGenCPUWorker(FastGenWorkerMixin, CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _keep_freed_memory()
+        cpu.keep_freed_memory()
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.use_v2_model_runner:
             return super().sample_tokens(grammar_output)
         with _unfinished_prompts_draw_nothing(self.model_runner):
             return super().sample_tokens(grammar_output)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what one layer's activations leave for the next ones. It may give each
-    back to the system, which then clears the pages anew: 240,000 page faults, or a tenth of the
-    time, for a prompt of 4,096 tokens. Whether it does is chance, what lies last on the heap."""
-    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(trim_threshold, -1)  # never
-        libc.mallopt(mmap_threshold, 32 << 20)  # the most that it takes
 
 
 @contextmanager
