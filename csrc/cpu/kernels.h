@@ -11,8 +11,9 @@ enum class DType { f32, f16, bf16 };
 // Runs body(context, i) for every i in [0, n), spread over threads.
 using ParallelFor = void (*)(int64_t n, void (*body)(void*, int64_t), void* context);
 
-// c[m, n] = a[m, k] b[k, n] (+ c) of bf16 in float32; b is in pairs, [k / 2][n][2]. Rows of b and of c
-// begin b_stride apart. Numbers are of few, since code is generated for each combination.
+// c[m, n] = a[m, k] b[k, n] (+ c) of bf16 in float32. b is in pairs, [k / 2][b_stride][2], of which n
+// are multiplied; rows of c are b_stride apart too, and those of a a_stride. Code is generated for each
+// combination of the numbers, so they have to be few.
 using Multiply = void (*)(int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride,
                           bool add, const void* a, const void* b, float* c);
 

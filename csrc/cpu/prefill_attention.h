@@ -80,30 +80,37 @@ INLINE void accumulate(const float* probs, const float* values, int64_t num_seen
     for (int v = 0; v < V; ++v) store(out + r * head_size + v * W, acc[r][v]);
 }
 
-// The same of num_rows as in block_scores, and of whole heads. From num_keys of the tile on nothing
-// is seen.
+// How many keys of a tile are worked on where num_seen are seen.
+template <class Lane>
+INLINE int64_t taken(int64_t num_seen) {
+  return num_seen > Lane::kTile / 2 ? Lane::kTile : Lane::kTile / 2;
+}
+
+// The same of num_rows as in block_scores, and of whole heads. From num_seen on probabilities are 0
+// but in rows that pad.
 INLINE void accumulate_block(const Prefill& a, const float* probs, int64_t num_rows,
-                             const float* values, int64_t num_keys, const float* shrink, float* out,
+                             const float* values, int64_t num_seen, const float* shrink, float* out,
                              FloatLane) {
   constexpr int kTile = FloatLane::kTile;
   int64_t D = a.head_size;
   for (int64_t r = 0; r < num_rows; r += FloatLane::kRows) {
     int64_t d = 0;
     for (; d + kVecs * W <= D; d += kVecs * W)
-      accumulate<kVecs>(probs + r * kTile, values + d, num_keys, D, shrink + r, out + r * D + d);
+      accumulate<kVecs>(probs + r * kTile, values + d, num_seen, D, shrink + r, out + r * D + d);
     for (; d < D; d += W)
-      accumulate<1>(probs + r * kTile, values + d, num_keys, D, shrink + r, out + r * D + d);
+      accumulate<1>(probs + r * kTile, values + d, num_seen, D, shrink + r, out + r * D + d);
   }
 }
 #ifdef FASTGEN_BF16
 INLINE void accumulate_block(const Prefill& a, const float* probs, int64_t num_rows,
-                             const float* values, int64_t num_keys, const float* shrink, float* out,
+                             const float* values, int64_t num_seen, const float* shrink, float* out,
                              PairLane) {
   for (int64_t r = 0; r < num_rows; ++r)
     if (shrink[r] != 1.0f)
       for (float* to = out + r * a.head_size; to < out + (r + 1) * a.head_size; to += W)
         store(to, load(to) * shrink[r]);
-  a.multiply(num_rows, a.head_size, num_keys, PairLane::kTile, a.head_size, true, probs, values, out);
+  a.multiply(num_rows, a.head_size, taken<PairLane>(num_seen), PairLane::kTile, a.head_size, true,
+             probs, values, out);
 }
 #endif
 
@@ -134,9 +141,8 @@ static void prefill_task(void* context, int64_t i) {
       int64_t newest = lower(first + (r + n - 1) / G, last - 1) + offset;
       int64_t num_seen = lower(kTile, newest - tile * kTile + 1);
       if (num_seen <= 0) continue;
-      alignas(64) float scores[kBlock * kTile], probs[kBlock * kTile], shrink[kBlock];
-      // A whole tile, or half of one where that is seen.
-      int64_t num_keys = num_seen > kTile / 2 ? kTile : kTile / 2;
+      alignas(64) float scores[kBlock * kTile], probs[kBlock * kTile / Lane::kPer], shrink[kBlock];
+      int64_t num_keys = taken<Lane>(num_seen);
       block_scores(a, rows + r * lanes, n, keys, num_keys, scores, Lane());
       for (int j = 0; j < n; ++j) {
         int64_t visible = first + (r + j) / G + offset - tile * kTile + 1;
@@ -147,7 +153,7 @@ static void prefill_task(void* context, int64_t i) {
                                       : softmax_row<Lane, kTile / 2>(scores + j * kTile, visible,
                                                                      scale, maxima[r + j], sum, to);
       }
-      accumulate_block(a, probs, n, values, num_keys, shrink, out + r * D, Lane());
+      accumulate_block(a, probs, n, values, num_seen, shrink, out + r * D, Lane());
     }
   }
   for (int64_t r = 0; r < (last - first) * G; ++r) {

@@ -1,7 +1,7 @@
 // Tiles of Q K^T for prefill. A lane is 32 bits of the head dimension: one float, or a pair of
 // bf16 where the machine multiplies pairs. Keys are packed lane-major, [lane][kTile keys], so that
 // a tile of scores needs no horizontal sum. Floats are multiplied here, pairs by a library, which
-// with AMX wants few large products: each of another shape waits for another layout of its tiles.
+// with AMX wants few large products: to change their shape is to set up its tiles anew.
 
 constexpr int kBlock = 96;              // most rows (query, group) of a block of scores
 constexpr int kVecs = W == 16 ? 4 : 2;  // vectors of a register block
@@ -18,6 +18,8 @@ struct FloatLane {
   }
 };
 
+static_assert(kBlock % FloatLane::kRows == 0);
+
 #ifdef FASTGEN_BF16
 struct PairLane {
   typedef bf16 Element;
@@ -32,6 +34,8 @@ struct PairLane {
     __builtin_memcpy(to, from, n * sizeof(bf16));
   }
 };
+static_assert(kBlock % PairLane::kRows == 0);
+
 template <class T>
 struct LaneOf {
   typedef FloatLane type;
@@ -81,7 +85,7 @@ static void pack_keys(const Prefill& a, int64_t head, int64_t tile, float* to) {
   }
 }
 
-// scores[r][kTile] = rows[r] . keys, unscaled, of a register block and the first num_keys.
+// scores[r][kTile] = rows[r] . keys, unscaled, of a register block and at least the first num_keys.
 INLINE void tile_scores(const float* rows, int64_t lanes, const float* keys, int64_t num_keys,
                         float* scores) {
   constexpr int kRows = FloatLane::kRows, kTile = FloatLane::kTile;

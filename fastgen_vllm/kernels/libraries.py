@@ -1,4 +1,4 @@
-"""Prefill attention with the log-sum-exps that profiling needs, from a well-kept library.
+"""Prefill attention on GPUs, with the log-sum-exps that profiling needs, from a well-kept library.
 
 Flash attention, which the vLLM plugin puts in front, reads keys and values where they lie. For the
 others they are gathered first: ``8 D`` bytes moved per key and head in 16 bits, against ``4 c G D``

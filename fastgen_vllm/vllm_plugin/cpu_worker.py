@@ -16,9 +16,9 @@ from fastgen_vllm.vllm_plugin.worker import FastGenWorkerMixin
 class FastGenCPUWorker(FastGenWorkerMixin, CPUWorker):
     """vLLM's CPU worker with FastGen."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        cpu.keep_freed_memory()
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        cpu.keep_freed_memory()  # what loading the model left is given back before
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.use_v2_model_runner:

@@ -225,7 +225,7 @@ def head_and_block_size(
     kernels: Kernels, head_size: int, block_size: int, dtype: torch.dtype, seed: int = 0
 ) -> None:
     torch.manual_seed(seed)
-    prompt = Prompt.random(kernels, 9, 77, 2, head_size, dtype, block_size)
+    prompt = Prompt.random(kernels, 40, 140, 2, head_size, dtype, block_size)
     output = torch.empty_like(prompt.query)
     prompt.attend(kernels, output)
     expected = torch.einsum("hgqk,khd->qhgd", prompt.probs(), prompt.value.double())

@@ -53,13 +53,19 @@ def test_peaks(kernels: Kernels, group: int, c: int, m: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("group", [16, 100])
+def test_large_groups(kernels: Kernels, group: int, dtype: torch.dtype) -> None:
+    cases.log_sum_exps(kernels, group, 5, 140, dtype)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("block_size", [8, 16])
 @pytest.mark.parametrize("m", [1, 16, 17, 100])
 def test_value_norms(kernels: Kernels, m: int, block_size: int, dtype: torch.dtype) -> None:
     cases.value_norms(kernels, m, block_size, dtype)
 
 
-@pytest.mark.parametrize("head_size", [32, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_size", [16, 32, 48, 80, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [8, 32])
 def test_head_and_block_sizes(kernels: Kernels, head_size: int, block_size: int) -> None:
     for dtype in cases.DTYPES:
