@@ -133,8 +133,7 @@ def prefill_attention(
     attended = output if same else torch.empty_like(query)
     lse = torch.empty(query.shape[:3])
     for own, keys in prompts.chunks(kv):
-        where = (kv, keys.page_table, keys.num_keys, scale)
-        lse[own] = attend(query[own], *where, attended[own])
+        lse[own] = attend(query[own], kv, keys.page_table, keys.num_keys, scale, attended[own])
     if not same:
         output.copy_(attended)
     return lse
